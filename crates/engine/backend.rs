@@ -1,0 +1,138 @@
+//! The seam between the model and the hardware: about ten coarse operations.
+//!
+//! The network in `model/` is written once over this trait. A backend owns its buffers' residency, padding and precision;
+//! the model only names them. Rules every operation obeys:
+//!
+//! * matrices are row-major `[rows, cols]`; an operation touches the first `rows` rows only, and never relies on what
+//!   the output held before (except [`Epilogue::Accumulate`], which adds to it);
+//! * inputs and outputs never alias (the borrow checker sees to it);
+//! * shapes are the caller's promise: a violation is a bug and panics, it is never an `Err`;
+//! * nothing is allocated after loading.
+
+use crate::Error;
+
+/// What happens to a product before it is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Epilogue {
+    /// `out = x Wᵀ + b`
+    Store,
+    /// `out = gelu(x Wᵀ + b)` with the exact form `0.5 v (1 + erf(v / √2))`
+    Gelu,
+    /// `out += x Wᵀ + b`: the residual connection
+    Accumulate,
+}
+
+/// A block of columns of a matrix: one of the q, k, v parts of a fused projection.
+#[derive(Debug)]
+pub struct Columns<'a, Buf> {
+    /// The matrix.
+    pub buf: &'a Buf,
+    /// First column of the block; its width is the attention's `heads * head_size`.
+    pub first: usize,
+}
+
+/// Rows that attend to each other: every query row of `q` sees every key row of `kv`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// First query row.
+    pub q: usize,
+    /// Number of query rows.
+    pub q_len: usize,
+    /// First key/value row.
+    pub kv: usize,
+    /// Number of key/value rows, at least 1.
+    pub kv_len: usize,
+}
+
+/// Image geometry of the patch operations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patches {
+    /// Side of the square input in pixels.
+    pub image_size: usize,
+    /// Side of a patch in pixels; a remainder smaller than a patch is ignored.
+    pub patch_size: usize,
+}
+
+impl Patches {
+    /// Patches along one side.
+    pub fn side(&self) -> usize {
+        self.image_size / self.patch_size
+    }
+
+    /// Patches of an image.
+    pub fn count(&self) -> usize {
+        self.side() * self.side()
+    }
+
+    /// Values of a patch in the order channel, row, column.
+    pub fn values(&self) -> usize {
+        3 * self.patch_size * self.patch_size
+    }
+}
+
+/// The operations of the model. Shapes: B images, N = patches + 1 image tokens, R packed text rows.
+pub trait Backend: Send {
+    /// A matrix `[rows, cols]` of activations or table rows.
+    type Buf: Send;
+    /// A linear layer's weight and bias in the backend's own layout.
+    type Linear: Send;
+    /// A layer norm's gain, bias and eps.
+    type Norm: Send;
+
+    /// What computes, in words: "cpu (avx512, 2 threads)".
+    fn device(&self) -> String;
+
+    /// A matrix of activations with room for `rows` rows. Errors: no memory.
+    fn alloc(&self, rows: usize, cols: usize) -> Result<Self::Buf, Error>;
+
+    /// A matrix with the given content, `data.len() == rows * cols`.
+    fn upload(&self, rows: usize, cols: usize, data: &[f32]) -> Result<Self::Buf, Error>;
+
+    /// A linear layer from `weight [out, in]` row-major and `bias [out]`.
+    fn linear_weights(&self, weight: &[f32], bias: &[f32], inputs: usize) -> Result<Self::Linear, Error>;
+
+    /// A layer norm from `gain [cols]` and `bias [cols]`.
+    fn norm_weights(&self, gain: &[f32], bias: &[f32], eps: f32) -> Result<Self::Norm, Error>;
+
+    /// `out [B * patches, 3 p p]` from `pixels [B, S, S, 3]` u8: patches row by row, values in the order channel, row,
+    /// column, each `lut[channel][value]`.
+    fn patchify(&mut self, pixels: &[u8], patches: Patches, lut: &crate::PixelLut, out: &mut Self::Buf);
+
+    /// `out [B * N, V]`: row 0 of an image is `positions[0]` (which holds class + position 0), row `1 + p` is
+    /// `patches[p] + positions[1 + p]`.
+    fn image_tokens(&mut self, patches: &Self::Buf, images: usize, positions: &Self::Buf, out: &mut Self::Buf);
+
+    /// `out[r] = norm(words[ids[r]] + positions[places[r]])` for the R packed text rows.
+    fn embed(&mut self, text: TextRows<'_>, tables: (&Self::Buf, &Self::Buf), norm: &Self::Norm, out: &mut Self::Buf);
+
+    /// `out [rows, outputs]` from `x [rows, inputs]`; see [`Epilogue`].
+    fn linear(&mut self, x: &Self::Buf, rows: usize, w: &Self::Linear, epilogue: Epilogue, out: &mut Self::Buf);
+
+    /// `out[r] = (x[r] - mean) / sqrt(var + eps) * gain + bias`, biased variance, for the first `rows` rows.
+    fn layer_norm(&mut self, x: &Self::Buf, rows: usize, norm: &Self::Norm, out: &mut Self::Buf);
+
+    /// `out = softmax(q kᵀ / sqrt(head_size)) v` for each span and head; heads are consecutive slices of the columns.
+    /// `out` has `heads * head_size` columns. The scores of all heads are never stored.
+    fn attention(&mut self, qkv: [Columns<'_, Self::Buf>; 3], spans: &[Span], heads: usize, out: &mut Self::Buf);
+
+    /// `out = x` for the first `rows` rows.
+    fn copy_rows(&mut self, x: &Self::Buf, rows: usize, out: &mut Self::Buf);
+
+    /// `out[i] = x[rows[i]]`.
+    fn take_rows(&mut self, x: &Self::Buf, rows: &[usize], out: &mut Self::Buf);
+
+    /// Copies the first `out.len() / cols` rows to the host: the only synchronising call.
+    fn read(&mut self, buf: &Self::Buf, out: &mut [f32]) -> Result<(), Error>;
+
+    /// Runs `work` where the operations run best (a thread pool's own thread, a current device context).
+    fn run<R: Send>(&mut self, work: impl FnOnce(&mut Self) -> R + Send) -> R;
+}
+
+/// Token ids and position ids of packed text rows, without padding.
+#[derive(Clone, Copy, Debug)]
+pub struct TextRows<'a> {
+    /// Row of the word table for each text row.
+    pub ids: &'a [u32],
+    /// Row of the position table for each text row.
+    pub places: &'a [u32],
+}

@@ -1,0 +1,203 @@
+//! The CPU backend in f32: packed-weight products, fused attention, vectorised rows, one thread pool of its own.
+//!
+//! Must not: allocate after loading, or let a result depend on the number of threads.
+
+mod attention;
+mod elementwise;
+mod gemm;
+mod memory;
+mod simd;
+
+use std::sync::Mutex;
+
+use rayon::prelude::*;
+
+use self::attention::Strided;
+pub use self::simd::Isa;
+use crate::backend::{Backend, Columns, Epilogue, Patches, Span, TextRows};
+use crate::{Error, PixelLut};
+
+/// Rows a task of a row-wise operation takes at least: below that, starting it costs more than its work.
+const ROWS_PER_TASK: usize = 16;
+
+/// What the scratch room of a thread must hold.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionLimits {
+    /// Most keys of a span.
+    pub keys: usize,
+    /// Largest head.
+    pub head_size: usize,
+}
+
+/// The CPU backend.
+pub struct CpuBackend {
+    isa: Isa,
+    pool: Option<rayon::ThreadPool>,
+    threads: usize,
+    copies: Vec<Mutex<gemm::BlockCopy>>,
+    heads: Vec<Mutex<attention::Head>>,
+}
+
+/// A layer norm's parameters.
+pub struct Norm {
+    gain: Vec<f32>,
+    bias: Vec<f32>,
+    eps: f32,
+}
+
+impl CpuBackend {
+    /// A backend with a pool of `threads` threads (0: one per core). Errors: no memory, no threads.
+    pub fn new(threads: usize, isa: Isa, limits: AttentionLimits) -> Result<Self, Error> {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|i| format!("engine-{i}"))
+            .build()
+            .map_err(|source| Error::Threads { source })?;
+        let threads = pool.current_num_threads();
+        let copies = (0..threads).map(|_| gemm::BlockCopy::new().map(Mutex::new)).collect::<Result<_, _>>()?;
+        let head = || attention::Head::new(isa, limits.keys, limits.head_size).map(Mutex::new);
+        let heads = (0..threads).map(|_| head()).collect::<Result<_, _>>()?;
+        Ok(Self { isa, pool: Some(pool), threads, copies, heads })
+    }
+
+    fn rows_per_task(&self, rows: usize) -> usize {
+        rows.div_ceil(4 * self.threads).max(ROWS_PER_TASK)
+    }
+}
+
+impl Backend for CpuBackend {
+    type Buf = memory::Mat;
+    type Linear = gemm::Packed;
+    type Norm = Norm;
+
+    fn device(&self) -> String {
+        format!("cpu ({}, {} threads)", self.isa.name(), self.threads)
+    }
+
+    fn alloc(&self, rows: usize, cols: usize) -> Result<Self::Buf, Error> {
+        memory::Mat::zeroed(rows, cols)
+    }
+
+    fn upload(&self, rows: usize, cols: usize, data: &[f32]) -> Result<Self::Buf, Error> {
+        let mut mat = memory::Mat::zeroed(rows, cols)?;
+        mat.head_mut(rows).copy_from_slice(data);
+        Ok(mat)
+    }
+
+    fn linear_weights(&self, weight: &[f32], bias: &[f32], inputs: usize) -> Result<Self::Linear, Error> {
+        gemm::Packed::new(self.isa, weight, bias, inputs)
+    }
+
+    fn norm_weights(&self, gain: &[f32], bias: &[f32], eps: f32) -> Result<Self::Norm, Error> {
+        Ok(Norm { gain: gain.to_vec(), bias: bias.to_vec(), eps })
+    }
+
+    fn patchify(&mut self, pixels: &[u8], patches: Patches, lut: &PixelLut, out: &mut Self::Buf) {
+        let Patches { image_size, patch_size: p } = patches;
+        let images = pixels.len() / (image_size * image_size * 3);
+        assert_eq!(pixels.len(), images * image_size * image_size * 3, "whole images of {image_size} px");
+        assert_eq!(out.cols, patches.values());
+        let (side, cols) = (patches.side(), out.cols);
+        let rows = out.head_mut(images * patches.count());
+        rows.par_chunks_exact_mut(side * cols).enumerate().for_each(|(strip, out)| {
+            let (image, top) = (strip / side, strip % side * p);
+            let image = &pixels[image * image_size * image_size * 3..];
+            for (patch, out) in out.chunks_exact_mut(cols).enumerate() {
+                for y in 0..p {
+                    let line = &image[((top + y) * image_size + patch * p) * 3..][..p * 3];
+                    for (x, rgb) in line.as_chunks::<3>().0.iter().enumerate() {
+                        for (channel, value) in rgb.iter().enumerate() {
+                            out[(channel * p + y) * p + x] = lut[channel][usize::from(*value)];
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    fn image_tokens(&mut self, patches: &Self::Buf, images: usize, positions: &Self::Buf, out: &mut Self::Buf) {
+        let (tokens, cols, isa) = (positions.rows, positions.cols, self.isa);
+        assert!(patches.cols == cols && out.cols == cols);
+        let patches = patches.head(images * (tokens - 1));
+        out.head_mut(images * tokens).par_chunks_exact_mut(cols).enumerate().for_each(|(row, out)| {
+            let (image, token) = (row / tokens, row % tokens);
+            match token.checked_sub(1) {
+                None => out.copy_from_slice(positions.row(0)),
+                Some(patch) => {
+                    let patch = &patches[(image * (tokens - 1) + patch) * cols..][..cols];
+                    elementwise::add(isa, patch, positions.row(token), out);
+                }
+            }
+        });
+    }
+
+    fn embed(
+        &mut self,
+        text: TextRows<'_>,
+        (words, positions): (&Self::Buf, &Self::Buf),
+        norm: &Self::Norm,
+        out: &mut Self::Buf,
+    ) {
+        let cols = out.cols;
+        for (i, (id, place)) in text.ids.iter().zip(text.places).enumerate() {
+            // The sum is written where the norm reads it: a row is its own scratch room.
+            let (word, position) = (words.row(*id as usize), positions.row(*place as usize));
+            let rows = out.head_mut(i + 1);
+            elementwise::add(self.isa, word, position, &mut rows[i * cols..]);
+            elementwise::layer_norm_in_place(self.isa, &mut rows[i * cols..], &norm.gain, &norm.bias, norm.eps);
+        }
+    }
+
+    fn linear(&mut self, x: &Self::Buf, rows: usize, w: &Self::Linear, epilogue: Epilogue, out: &mut Self::Buf) {
+        assert!(x.cols == w.inputs && out.cols == w.outputs);
+        gemm::linear(self.isa, &self.copies, x.head(rows), w, epilogue, out.head_mut(rows));
+    }
+
+    fn layer_norm(&mut self, x: &Self::Buf, rows: usize, norm: &Self::Norm, out: &mut Self::Buf) {
+        let (cols, isa) = (norm.gain.len(), self.isa);
+        assert!(x.cols == cols && out.cols == cols);
+        let chunk = self.rows_per_task(rows) * cols;
+        let pairs = x.head(rows).par_chunks(chunk).zip(out.head_mut(rows).par_chunks_mut(chunk));
+        pairs.for_each(|(x, out)| elementwise::layer_norm(isa, x, &norm.gain, &norm.bias, norm.eps, out));
+    }
+
+    fn attention(&mut self, qkv: [Columns<'_, Self::Buf>; 3], spans: &[Span], heads: usize, out: &mut Self::Buf) {
+        let q_rows = spans.iter().map(|s| s.q + s.q_len).max().unwrap_or(0);
+        let kv_rows = spans.iter().map(|s| s.kv + s.kv_len).max().unwrap_or(0);
+        let [q, k, v] = qkv;
+        let views = [strided(q, q_rows), strided(k, kv_rows), strided(v, kv_rows)];
+        let cols = out.cols;
+        attention::attention(self.isa, &self.heads, views, spans, heads, (out.head_mut(q_rows), cols));
+    }
+
+    fn copy_rows(&mut self, x: &Self::Buf, rows: usize, out: &mut Self::Buf) {
+        assert_eq!(out.cols, x.cols);
+        out.head_mut(rows).copy_from_slice(x.head(rows));
+    }
+
+    fn take_rows(&mut self, x: &Self::Buf, rows: &[usize], out: &mut Self::Buf) {
+        let cols = x.cols;
+        assert_eq!(out.cols, cols);
+        for (row, out) in rows.iter().zip(out.head_mut(rows.len()).chunks_exact_mut(cols)) {
+            out.copy_from_slice(x.row(*row));
+        }
+    }
+
+    fn read(&mut self, buf: &Self::Buf, out: &mut [f32]) -> Result<(), Error> {
+        assert_eq!(out.len() % buf.cols, 0, "whole rows");
+        out.copy_from_slice(buf.head(out.len() / buf.cols));
+        Ok(())
+    }
+
+    fn run<R: Send>(&mut self, work: impl FnOnce(&mut Self) -> R + Send) -> R {
+        // The pool steps out of the backend while it runs, so that the work can borrow the rest.
+        let pool = self.pool.take().expect("run is not nested");
+        let result = pool.install(|| work(self));
+        self.pool = Some(pool);
+        result
+    }
+}
+
+fn strided<'a>(columns: Columns<'a, memory::Mat>, rows: usize) -> Strided<'a> {
+    Strided { data: columns.buf.head(rows), stride: columns.buf.cols, first: columns.first }
+}

@@ -1,0 +1,135 @@
+//! The inference engine: weights and a batch of image-caption pairs in, scores out.
+//!
+//! Owns checkpoints ([`Checkpoint`]), the model (written once, over the backend trait) and the backends (CPU in f32). Must not: decode
+//! images, split words, touch the network or an async runtime. The only crate with `unsafe`.
+//!
+//! ```text
+//! pixels [B, S, S, 3] u8 -> Vit -> image tokens [B * N, V] -+-> class rows -> vision_proj -> |u| -+
+//!                                                           +-> keys, values of each layer        +-> cosine
+//! token ids (packed)  -> Bert, both modes in one pass -> row 0 of each caption -> text_proj -> |w| +
+//!                                                                              -> itm_head -> softmax -> itm
+//! ```
+//!
+//! Shape letters, everywhere in this crate: B images, S image side in pixels, p patch side, N tokens of an image
+//! (patches + 1), V image width, F image mlp width, R packed text rows, T text width, G text mlp width, C captions,
+//! P shared projection width.
+
+mod backend;
+mod batch;
+mod checkpoint;
+mod cpu;
+mod error;
+mod model;
+
+pub use batch::Batch;
+pub use checkpoint::{Checkpoint, Config, SyntheticSize, TensorInfo, TextConfig, VisionConfig};
+pub use error::Error;
+
+/// The parts of the engine that its tests compare with independent references; not for users.
+#[doc(hidden)]
+pub mod testing {
+    pub use crate::backend::{Backend, Columns, Epilogue, Patches, Span, TextRows};
+    pub use crate::cpu::{AttentionLimits, CpuBackend, Isa};
+    pub use crate::model::{Model, Observer, Tap};
+}
+
+/// Normalised value of each 8-bit sample: `lut[channel][value] = (value * rescale - mean[channel]) / std[channel]`.
+pub type PixelLut = [[f32; 256]; 3];
+
+/// First token of a caption in the matching head.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ItmToken {
+    /// `[CLS]`, as transformers does.
+    #[default]
+    Cls,
+    /// `[ENC]`, as the published weights were trained.
+    Enc,
+}
+
+/// Which scores to compute; at least one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// The probability that the caption matches.
+    pub itm: bool,
+    /// The cosine of the two embeddings.
+    pub cosine: bool,
+}
+
+/// What a scorer is loaded for.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Threads of the engine's pool; 0: one per core.
+    pub threads: usize,
+    /// Most images of a batch.
+    pub images_max: usize,
+    /// Caption tokens that go through the text encoder at a time; raised to the longest possible caption.
+    pub tokens_max: usize,
+    /// Scores to compute.
+    pub heads: Heads,
+    /// First token of the matching head.
+    pub itm_token: ItmToken,
+}
+
+/// What a scorer is.
+#[derive(Clone, Debug)]
+pub struct Info {
+    /// The model's shape.
+    pub config: Config,
+    /// What computes: "cpu (avx512, 2 threads)".
+    pub device: String,
+    /// Arithmetic of the products: "f32".
+    pub precision: &'static str,
+    /// Most images of a batch.
+    pub images_max: usize,
+    /// Caption tokens per text pass.
+    pub tokens_max: usize,
+}
+
+/// Scores of one caption with its image; NaN where a head is off.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PairScore {
+    /// The matching head's logits: no match, match.
+    pub itm_logits: [f32; 2],
+    /// Probability of a match, `softmax(itm_logits)[1]`.
+    pub itm: f32,
+    /// Cosine of the projected features, in [-1, 1].
+    pub cosine: f32,
+}
+
+impl PairScore {
+    fn new(itm_logits: Option<[f32; 2]>, cosine: Option<f32>) -> Self {
+        let itm_logits = itm_logits.unwrap_or([f32::NAN; 2]);
+        let itm = 1.0 / (1.0 + (itm_logits[0] - itm_logits[1]).exp());
+        Self { itm_logits, itm, cosine: cosine.unwrap_or(f32::NAN) }
+    }
+}
+
+/// A loaded model that scores batches.
+pub trait Scorer: Send {
+    /// What it is.
+    fn info(&self) -> &Info;
+
+    /// Scores every pair of the batch: `out` is cleared and then holds one entry per caption, in order.
+    ///
+    /// # Errors
+    /// A batch beyond what the scorer was loaded for, or with tokens the model lacks.
+    fn score(&mut self, batch: &Batch, out: &mut Vec<PairScore>) -> Result<(), Error>;
+}
+
+/// Loads a checkpoint onto the CPU.
+///
+/// # Errors
+/// A missing or misshapen tensor, no memory, no threads.
+pub fn load(checkpoint: &Checkpoint, lut: &PixelLut, options: &Options) -> Result<Box<dyn Scorer>, Error> {
+    assert!(options.heads.itm || options.heads.cosine, "at least one head");
+    let backend = cpu::CpuBackend::new(options.threads, cpu::Isa::detect(), attention_limits(checkpoint.config()))?;
+    Ok(Box::new(model::Model::load(backend, checkpoint, lut, options)?))
+}
+
+fn attention_limits(config: &Config) -> cpu::AttentionLimits {
+    let side = config.vision.image_size / config.vision.patch_size;
+    cpu::AttentionLimits {
+        keys: (side * side + 1).max(config.text.positions),
+        head_size: (config.vision.hidden / config.vision.heads).max(config.text.hidden / config.text.heads),
+    }
+}

@@ -1,0 +1,280 @@
+//! The whole model: images once, captions in packed chunks, the two heads.
+//!
+//! * matching: `softmax(itm_head(text row 0 | image))[1]`
+//! * cosine: `<vision_proj(image row 0), text_proj(text row 0)>` after L2 normalisation
+
+use super::bert::{Bert, Packed};
+use super::vit::Vit;
+use super::{Loader, Observer};
+use crate::backend::{Backend, Epilogue, Span, TextRows};
+use crate::checkpoint::Checkpoint;
+use crate::{Batch, Error, Heads, Info, ItmToken, Options, PairScore, PixelLut, Scorer};
+
+/// Norms below this count as this: transformers' `normalize` does the same.
+const NORM_MIN: f32 = 1e-12;
+
+struct Projections<B: Backend> {
+    vision: B::Linear,
+    text: B::Linear,
+    itm: B::Linear,
+}
+
+/// What a chunk of captions needs on the host; all of it is allocated at load.
+#[derive(Default)]
+struct Chunk {
+    ids: Vec<u32>,
+    places: Vec<u32>,
+    captions: Vec<Span>,
+    images: Vec<Span>,
+    /// First row of each caption: the matching rows, then the cosine rows.
+    first_rows: Vec<usize>,
+}
+
+/// A loaded model on a backend, and its buffers. Letters: B images, C captions of a chunk, P projection.
+pub struct Model<B: Backend> {
+    backend: B,
+    net: Net<B>,
+    info: Info,
+}
+
+struct Net<B: Backend> {
+    vit: Vit<B>,
+    bert: Bert<B>,
+    projections: Projections<B>,
+    heads: Heads,
+    itm_token: ItmToken,
+    enc_token: u32,
+    tokens_max: usize,
+    chunk: Chunk,
+    /// `[max(B, C), V]` and `[C, T]`: the rows the heads read
+    image_rows: B::Buf,
+    text_rows: B::Buf,
+    /// `[max(B, C), P]`
+    features: B::Buf,
+    /// `[C, 2]`
+    logits: B::Buf,
+    host_images: Vec<f32>,
+    host_texts: Vec<f32>,
+    host_logits: Vec<f32>,
+    projection: usize,
+}
+
+impl<B: Backend> Model<B> {
+    /// Loads the weights and allocates for `options`. Errors: a bad checkpoint, no memory.
+    pub fn load(backend: B, checkpoint: &Checkpoint, lut: &PixelLut, options: &Options) -> Result<Self, Error> {
+        let config = checkpoint.config().clone();
+        // A chunk must take at least the longest caption.
+        let tokens_max = options.tokens_max.max(config.text.positions);
+        let net = Net::load(&Loader { backend: &backend, checkpoint }, lut, options, tokens_max)?;
+        let info = Info { config, device: backend.device(), precision: "f32", images_max: options.images_max, tokens_max };
+        Ok(Self { backend, net, info })
+    }
+
+    /// [`Scorer::score`] with a look at what happens inside.
+    pub fn score_observed(
+        &mut self,
+        batch: &Batch,
+        out: &mut Vec<PairScore>,
+        mut observer: Observer<'_>,
+    ) -> Result<(), Error> {
+        batch.check(&self.info)?;
+        out.clear();
+        let net = &mut self.net;
+        self.backend.run(|backend| net.score(backend, batch, out, &mut observer))
+    }
+}
+
+impl<B: Backend> Scorer for Model<B> {
+    fn info(&self) -> &Info {
+        &self.info
+    }
+
+    fn score(&mut self, batch: &Batch, out: &mut Vec<PairScore>) -> Result<(), Error> {
+        self.score_observed(batch, out, None)
+    }
+}
+
+impl<B: Backend> Net<B> {
+    fn load(
+        loader: &Loader<'_, B>,
+        lut: &PixelLut,
+        options: &Options,
+        tokens_max: usize,
+    ) -> Result<Self, Error> {
+        let (backend, config) = (loader.backend, loader.checkpoint.config());
+        let (v, t, p) = (config.vision.hidden, config.text.hidden, config.projection);
+        let heads = options.heads;
+        let vit = Vit::load(loader, &config.vision, lut, options.images_max)?;
+        let image_rows = if heads.itm { options.images_max * vit.tokens() } else { 0 };
+        let rows_max = tokens_max * (usize::from(heads.itm) + usize::from(heads.cosine));
+        let captions_max = tokens_max;
+        Ok(Self {
+            bert: Bert::load(loader, &config.text, v, (rows_max, image_rows))?,
+            vit,
+            projections: Projections {
+                vision: loader.linear("vision_proj", p, v)?,
+                text: loader.linear("text_proj", p, t)?,
+                itm: loader.linear("itm_head", 2, t)?,
+            },
+            heads,
+            itm_token: options.itm_token,
+            enc_token: config.text.enc_token_id,
+            tokens_max,
+            chunk: Chunk {
+                ids: Vec::with_capacity(rows_max),
+                places: Vec::with_capacity(rows_max),
+                captions: Vec::with_capacity(rows_max),
+                images: Vec::with_capacity(options.images_max),
+                first_rows: Vec::with_capacity(rows_max),
+            },
+            image_rows: backend.alloc(options.images_max, v)?,
+            text_rows: backend.alloc(captions_max, t)?,
+            features: backend.alloc(captions_max.max(options.images_max), p)?,
+            logits: backend.alloc(captions_max, 2)?,
+            host_images: vec![0.0; options.images_max * p],
+            host_texts: vec![0.0; captions_max * p],
+            host_logits: vec![0.0; captions_max * 2],
+            projection: p,
+        })
+    }
+
+    fn score(
+        &mut self,
+        backend: &mut B,
+        batch: &Batch,
+        out: &mut Vec<PairScore>,
+        observer: &mut Observer<'_>,
+    ) -> Result<(), Error> {
+        if batch.captions() == 0 {
+            return Ok(());
+        }
+        let tokens = self.vit.tokens();
+        self.vit.forward(backend, batch.pixels(), observer)?;
+        if self.heads.itm {
+            self.bert.see_images(backend, self.vit.embeds(), batch.images() * tokens);
+        }
+        if self.heads.cosine {
+            self.image_features(backend, batch.images())?;
+        }
+        let mut first = 0;
+        while first < batch.captions() {
+            let last = self.pack(batch, first);
+            self.score_chunk(backend, batch, first..last, out, observer)?;
+            first = last;
+        }
+        Ok(())
+    }
+
+    /// Projects every image's class row and brings the normalised features to the host, `[B, P]`.
+    fn image_features(&mut self, backend: &mut B, images: usize) -> Result<(), Error> {
+        self.chunk.first_rows.clear();
+        self.chunk.first_rows.extend((0..images).map(|i| i * self.vit.tokens()));
+        backend.take_rows(self.vit.embeds(), &self.chunk.first_rows, &mut self.image_rows);
+        backend.linear(&self.image_rows, images, &self.projections.vision, Epilogue::Store, &mut self.features);
+        let host = &mut self.host_images[..images * self.projection];
+        backend.read(&self.features, host)?;
+        host.chunks_exact_mut(self.projection).for_each(normalize);
+        Ok(())
+    }
+
+    /// Packs as many captions from `first` on as fit; returns the first that did not.
+    fn pack(&mut self, batch: &Batch, first: usize) -> usize {
+        let (mut last, mut count) = (first, 0);
+        while last < batch.captions() && count + batch.caption(last).len() <= self.tokens_max {
+            count += batch.caption(last).len();
+            last += 1;
+        }
+        let chunk = &mut self.chunk;
+        chunk.ids.clear();
+        chunk.places.clear();
+        chunk.captions.clear();
+        chunk.images.clear();
+        chunk.first_rows.clear();
+        for (itm, on) in [(true, self.heads.itm), (false, self.heads.cosine)] {
+            for caption in first..last {
+                if on {
+                    let enc = (itm && self.itm_token == ItmToken::Enc).then_some(self.enc_token);
+                    chunk.push(batch.caption(caption), enc);
+                }
+            }
+        }
+        if self.heads.itm {
+            for (caption, span) in (first..last).zip(&chunk.captions) {
+                let kv = batch.image_of(caption) * self.vit.tokens();
+                match chunk.images.last_mut() {
+                    Some(image) if image.kv == kv => image.q_len += span.q_len,
+                    _ => chunk.images.push(Span { kv, kv_len: self.vit.tokens(), ..*span }),
+                }
+            }
+        }
+        last
+    }
+
+    fn score_chunk(
+        &mut self,
+        backend: &mut B,
+        batch: &Batch,
+        captions: std::ops::Range<usize>,
+        out: &mut Vec<PairScore>,
+        observer: &mut Observer<'_>,
+    ) -> Result<(), Error> {
+        let (chunk, p, count) = (&self.chunk, self.projection, captions.len());
+        let text = Packed {
+            rows: TextRows { ids: &chunk.ids, places: &chunk.places },
+            captions: &chunk.captions,
+            cross_rows: if self.heads.itm { batch.tokens_of(captions.clone()) } else { 0 },
+            images: &chunk.images,
+        };
+        self.bert.forward(backend, &text, observer)?;
+        let (itm_rows, cosine_rows) = chunk.first_rows.split_at(if self.heads.itm { count } else { 0 });
+        if self.heads.itm {
+            backend.take_rows(self.bert.output(), itm_rows, &mut self.text_rows);
+            backend.linear(&self.text_rows, count, &self.projections.itm, Epilogue::Store, &mut self.logits);
+            backend.read(&self.logits, &mut self.host_logits[..count * 2])?;
+        }
+        if self.heads.cosine {
+            backend.take_rows(self.bert.output(), cosine_rows, &mut self.text_rows);
+            backend.linear(&self.text_rows, count, &self.projections.text, Epilogue::Store, &mut self.features);
+            backend.read(&self.features, &mut self.host_texts[..count * p])?;
+        }
+        for (i, caption) in captions.enumerate() {
+            let image = batch.image_of(caption) * p;
+            let logits = self.heads.itm.then(|| [self.host_logits[2 * i], self.host_logits[2 * i + 1]]);
+            let features = self.heads.cosine.then_some(());
+            let cosine = features.map(|()| {
+                let text = &mut self.host_texts[i * p..][..p];
+                normalize(text);
+                dot(text, &self.host_images[image..][..p])
+            });
+            out.push(PairScore::new(logits, cosine));
+        }
+        Ok(())
+    }
+}
+
+impl Chunk {
+    /// Appends a caption's rows; `first` replaces its first token.
+    fn push(&mut self, tokens: &[u32], first: Option<u32>) {
+        let row = self.ids.len();
+        self.first_rows.push(row);
+        self.captions.push(Span { q: row, q_len: tokens.len(), kv: row, kv_len: tokens.len() });
+        self.ids.extend_from_slice(tokens);
+        self.places.extend((0..).take(tokens.len()));
+        if let Some(id) = first {
+            self.ids[row] = id;
+        }
+    }
+}
+
+/// `x / max(|x|, 1e-12)`
+fn normalize(x: &mut [f32]) {
+    let norm = dot(x, x).sqrt().max(NORM_MIN);
+    for v in x {
+        *v /= norm;
+    }
+}
+
+fn dot(x: &[f32], y: &[f32]) -> f32 {
+    // f64: 256 products per pair cost nothing, and a cosine of 1 should come out as 1.
+    x.iter().zip(y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>() as f32
+}

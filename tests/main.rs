@@ -1,0 +1,7 @@
+//! One test binary: every area is a module, shared data is read by `oracle`.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests stop at the first surprise and may print")]
+
+mod model;
+mod ops;
+mod oracle;
