@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests stop at the first surprise and may print")]
 
+mod checkpoint;
 mod model;
 mod ops;
 mod oracle;
+mod prep;

@@ -49,7 +49,10 @@ fn images_equal_pillow() {
             continue;
         }
         let decoded = decode(&bytes).unwrap_or_else(|e| panic!("{name}: {e}"));
-        assert_eq!((Some(decoded.width as u64), Some(decoded.height as u64)), (case["width"].as_u64(), case["height"].as_u64()));
+        assert_eq!(
+            (Some(decoded.width as u64), Some(decoded.height as u64)),
+            (case["width"].as_u64(), case["height"].as_u64())
+        );
         assert_eq!(sha256(&decoded.pixels), case["rgb_sha256"], "{name}: decoded pixels");
         let resized = prepare_image(&bytes, &spec, &DecodeLimits::default()).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(sha256(&resized), case["resized384_sha256"], "{name}: resized pixels");
@@ -178,7 +181,8 @@ fn resize_axis(img: &RgbImage, n_out: usize, horizontal: bool) -> RgbImage {
         let hi = ((centre + 2.0 * fs + 0.5).trunc() as usize).min(n_in);
         let weights: Vec<f64> = (lo..hi).map(|k| kernel((k as f64 - centre + 0.5) * (1.0 / fs))).collect();
         let sum: f64 = weights.iter().sum();
-        let fixed = weights.iter().map(|w| w / sum * f64::from(1 << 22)).map(|w| (w + 0.5f64.copysign(w)).trunc() as i64);
+        let fixed =
+            weights.iter().map(|w| w / sum * f64::from(1 << 22)).map(|w| (w + 0.5f64.copysign(w)).trunc() as i64);
         let fixed: Vec<i64> = fixed.collect();
         for other in 0..if horizontal { height } else { width } {
             for channel in 0..3 {
@@ -210,9 +214,12 @@ fn resize_equals_the_plain_version_at_awkward_sizes() {
     let sizes = [1, 2, 3, 15, 16, 17, 31, 47, 48, 49, 64, 100, 257];
     for (&width, seed) in sizes.iter().zip(1..) {
         for &height in &sizes {
-            for (to_width, to_height) in [(16, 16), (17, 5), (48, 33), (width, 7), (7, height), (width, height), (1, 1), (130, 131)] {
+            for (to_width, to_height) in
+                [(16, 16), (17, 5), (48, 33), (width, 7), (7, height), (width, height), (1, 1), (130, 131)]
+            {
                 let img = noise(width, height, seed, seed % 2 == 0);
-                let (ours, plain) = (resize_bicubic(&img, to_width, to_height), resize_reference(&img, to_width, to_height));
+                let (ours, plain) =
+                    (resize_bicubic(&img, to_width, to_height), resize_reference(&img, to_width, to_height));
                 assert!(ours == plain, "{width}x{height} -> {to_width}x{to_height}");
             }
         }
@@ -223,7 +230,8 @@ fn resize_equals_the_plain_version_at_awkward_sizes() {
 fn samples() -> &'static [Vec<u8>] {
     static SAMPLES: OnceLock<Vec<Vec<u8>>> = OnceLock::new();
     SAMPLES.get_or_init(|| {
-        let names = ["cup.jpg", "cmyk.jpg", "progressive.jpg", "palette_trns.png", "gray16.png", "onebit.png", "rgb16.png"];
+        let names =
+            ["cup.jpg", "cmyk.jpg", "progressive.jpg", "palette_trns.png", "gray16.png", "onebit.png", "rgb16.png"];
         let mut files: Vec<_> = names.iter().map(|name| read(&format!("images/{name}"))).collect();
         files.extend(TINY_FILES.iter().map(|hex| from_hex(hex)));
         files
@@ -231,7 +239,8 @@ fn samples() -> &'static [Vec<u8>] {
 }
 
 fn from_hex(hex: &str) -> Vec<u8> {
-    let digits: Vec<u8> = hex.bytes().filter_map(|digit| (digit as char).to_digit(16).map(|digit| digit as u8)).collect();
+    let digits: Vec<u8> =
+        hex.bytes().filter_map(|digit| (digit as char).to_digit(16).map(|digit| digit as u8)).collect();
     digits.as_chunks::<2>().0.iter().map(|[high, low]| high << 4 | low).collect()
 }
 
@@ -253,7 +262,8 @@ const TINY_FILES: [&str; 7] = [
     "49492a0008000000090000010400010000000700000001010400010000000500000002010300010000001000000003010300010000000100000006010300010000000100000011010400010000007a0000001601040001000000050000001701040001000000460000001c01030001000000010000000000000064008200a000be00dc00fa0018013601540172019001ae01cc01ea01080226024402620280029e02bc02da02f80216033403520370038e03ac03ca03e8030604240442046004",
 ];
 /// Their first pixels, from Pillow.
-const TINY_CORNERS: [[u8; 3]; 7] = [[10, 60, 110], [25, 63, 123], [7, 57, 107], [10, 60, 110], [7, 57, 107], [10, 60, 110], [100, 100, 100]];
+const TINY_CORNERS: [[u8; 3]; 7] =
+    [[10, 60, 110], [25, 63, 123], [7, 57, 107], [10, 60, 110], [7, 57, 107], [10, 60, 110], [100, 100, 100]];
 
 #[test]
 fn small_files_of_the_other_formats_decode() {
@@ -266,10 +276,10 @@ fn small_files_of_the_other_formats_decode() {
 #[test]
 fn every_cut_is_refused() {
     for file in samples() {
-        // The last chunk of a PNG and the last byte of a GIF hold no pixels: such cuts are harmless, as in Pillow.
+        // The last bytes of a PNG (end chunk) and of a GIF (end codes) hold no pixels.
         let harmless = match file[..] {
             [0x89, ..] => 16,
-            [b'G', ..] => 2,
+            [b'G', ..] => 4,
             _ => 0,
         };
         for keep in (0..file.len() - harmless).step_by(1 + file.len() / 300).chain([file.len() - harmless - 1]) {

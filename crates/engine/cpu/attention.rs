@@ -21,7 +21,7 @@ const Q_ROWS: usize = 24;
 const TILE: usize = 6 * 64;
 
 /// Per-thread room for one head's keys and values and one block of queries and scores.
-pub struct Head {
+pub(super) struct Head {
     queries: Aligned,
     keys: Aligned,
     values: Aligned,
@@ -30,7 +30,7 @@ pub struct Head {
 
 impl Head {
     /// Room for spans of at most `keys_max` keys and heads of at most `size_max` values. Errors: no memory.
-    pub fn new(isa: Isa, keys_max: usize, size_max: usize) -> Result<Self, Error> {
+    pub(super) fn new(isa: Isa, keys_max: usize, size_max: usize) -> Result<Self, Error> {
         let (_, nr) = tile_shape(isa);
         let keys = keys_max.next_multiple_of(nr);
         Ok(Self {
@@ -44,7 +44,7 @@ impl Head {
 
 /// A block of columns of a row-major matrix.
 #[derive(Clone, Copy)]
-pub struct Strided<'a> {
+pub(super) struct Strided<'a> {
     /// The matrix, from its first row on.
     pub data: &'a [f32],
     /// Its columns.
@@ -71,7 +71,7 @@ struct Output {
 unsafe impl Sync for Output {}
 
 /// `out = softmax(q kᵀ / √size) v` for each span and head. `scratch` has one entry per thread of the current pool.
-pub fn attention(
+pub(super) fn attention(
     isa: Isa,
     scratch: &[Mutex<Head>],
     [q, k, v]: [Strided<'_>; 3],

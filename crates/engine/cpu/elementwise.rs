@@ -60,7 +60,7 @@ fn gelu_body<const F: bool>(x: &mut [f32]) {
 
 dispatch! {
     /// `x = 0.5 x (1 + erf(x / √2))`
-    pub fn gelu(x: &mut [f32]) = gelu_body
+    pub(super) fn gelu(x: &mut [f32]) = gelu_body
 }
 
 /// Folds `x` into [`LANES`] accumulators with `step(accumulator, value)`, then these into one with `join`.
@@ -116,7 +116,7 @@ fn softmax_body<const F: bool>(x: &mut [f32]) -> f32 {
 
 dispatch! {
     /// `x = e^(x - max x)`; returns the sum, which the caller divides by after the product with the values.
-    pub fn softmax_unscaled(x: &mut [f32]) -> f32 = softmax_body
+    pub(super) fn softmax_unscaled(x: &mut [f32]) -> f32 = softmax_body
 }
 
 #[inline(always)]
@@ -143,12 +143,12 @@ fn layer_norm_body<const F: bool>(x: &[f32], gain: &[f32], bias: &[f32], eps: f3
 
 dispatch! {
     /// Layer norm of each row of `x [rows, gain.len()]`; two passes, so that a large mean does not eat the variance.
-    pub fn layer_norm(x: &[f32], gain: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) = layer_norm_body
+    pub(super) fn layer_norm(x: &[f32], gain: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) = layer_norm_body
 }
 
 dispatch! {
     /// Layer norm of one row.
-    pub fn layer_norm_in_place(x: &mut [f32], gain: &[f32], bias: &[f32], eps: f32) = layer_norm_row
+    pub(super) fn layer_norm_in_place(x: &mut [f32], gain: &[f32], bias: &[f32], eps: f32) = layer_norm_row
 }
 
 #[inline(always)]
@@ -160,7 +160,7 @@ fn add_body<const F: bool>(x: &[f32], y: &[f32], out: &mut [f32]) {
 
 dispatch! {
     /// `out = x + y`
-    pub fn add(x: &[f32], y: &[f32], out: &mut [f32]) = add_body
+    pub(super) fn add(x: &[f32], y: &[f32], out: &mut [f32]) = add_body
 }
 
 #[inline(always)]
@@ -172,5 +172,5 @@ fn scale_body<const F: bool>(x: &[f32], factor: f32, out: &mut [f32]) {
 
 dispatch! {
     /// `out = x * factor`
-    pub fn scale(x: &[f32], factor: f32, out: &mut [f32]) = scale_body
+    pub(super) fn scale(x: &[f32], factor: f32, out: &mut [f32]) = scale_body
 }

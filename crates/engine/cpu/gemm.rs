@@ -22,16 +22,16 @@ use crate::Error;
 use crate::backend::Epilogue;
 
 /// Columns of x per pass: with MC = 96 rows the block is 400 kB and a panel of 64 columns 256 kB, together within 1 MB of L2.
-pub const KC: usize = 1024;
+pub(super) const KC: usize = 1024;
 /// Most rows of a task.
-pub const MC: usize = 96;
+pub(super) const MC: usize = 96;
 /// Floats added to the stride of the copied block so that its rows do not fall on the same L1 sets.
 const PAD: usize = 16;
 /// Largest tile of any instruction set: 6 x 64.
 const TILE: usize = 6 * 64;
 
 /// Rows and columns of the tile of sums: as many as fit in the registers beside a panel row and a broadcast.
-pub fn tile_shape(isa: Isa) -> (usize, usize) {
+pub(super) fn tile_shape(isa: Isa) -> (usize, usize) {
     match isa.kind() {
         #[cfg(target_arch = "x86_64")]
         Kind::Avx512 => (6, 64),
@@ -100,7 +100,7 @@ unsafe fn tile_avx2(k: usize, a: *const f32, lda: usize, panel: *const f32, c: *
 ///
 /// `a` must hold MR rows (stride `lda`), `c` MR rows of NR (stride `ldc`): callers pad the last block.
 #[inline]
-pub fn tile(isa: Isa, k: usize, a: (&[f32], usize), panel: &[f32], c: (&mut [f32], usize)) {
+pub(super) fn tile(isa: Isa, k: usize, a: (&[f32], usize), panel: &[f32], c: (&mut [f32], usize)) {
     let (mr, nr) = tile_shape(isa);
     let (a, lda) = a;
     let (c, ldc) = c;
@@ -157,11 +157,11 @@ impl Packed {
 }
 
 /// Per-thread room for a copied block of x.
-pub struct BlockCopy(Aligned);
+pub(super) struct BlockCopy(Aligned);
 
 impl BlockCopy {
     /// Room for any block. Errors: no memory.
-    pub fn new() -> Result<Self, Error> {
+    pub(super) fn new() -> Result<Self, Error> {
         Ok(Self(Aligned::zeroed((MC + 6) * (KC + PAD))?))
     }
 }
@@ -235,7 +235,7 @@ impl Output {
 /// `out (=|gelu=|+=) x Wᵀ + b` over `rows` rows; `x [rows, w.inputs]`, `out [rows, w.outputs]`.
 ///
 /// Runs on the current rayon pool; `copies` has one entry per thread of it.
-pub fn linear(isa: Isa, copies: &[Mutex<BlockCopy>], x: &[f32], w: &Packed, epilogue: Epilogue, out: &mut [f32]) {
+pub(super) fn linear(isa: Isa, copies: &[Mutex<BlockCopy>], x: &[f32], w: &Packed, epilogue: Epilogue, out: &mut [f32]) {
     let rows = x.len() / w.inputs;
     assert_eq!(x.len(), rows * w.inputs, "x is [rows, {}]", w.inputs);
     assert_eq!(out.len(), rows * w.outputs, "out is [{rows}, {}]", w.outputs);

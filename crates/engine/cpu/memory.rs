@@ -9,14 +9,14 @@ const LINE: usize = 16;
 struct Line([f32; LINE]);
 
 /// A zero-initialised, 64-byte aligned slice of f32.
-pub struct Aligned {
+pub(super) struct Aligned {
     lines: Vec<Line>,
     len: usize,
 }
 
 impl Aligned {
     /// `len` zeros. Errors: no memory.
-    pub fn zeroed(len: usize) -> Result<Self, Error> {
+    pub(super) fn zeroed(len: usize) -> Result<Self, Error> {
         let count = len.div_ceil(LINE);
         let mut lines = Vec::new();
         lines.try_reserve_exact(count).map_err(|_| Error::OutOfMemory { bytes: len * 4 })?;

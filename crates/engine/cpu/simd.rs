@@ -19,7 +19,7 @@ pub(super) enum Kind {
 }
 
 /// Environment variable that forces an instruction set: `avx512`, `avx2` or `portable`.
-pub const ISA_VARIABLE: &str = "CAPSIEVE_CPU_ISA";
+pub(super) const ISA_VARIABLE: &str = "CAPSIEVE_CPU_ISA";
 
 impl Isa {
     /// All instruction sets of this processor, best first.

@@ -24,7 +24,7 @@ struct Layer<B: Backend> {
 
 /// The packed rows of one text pass. R rows in all, the first `cross_rows` of which see an image.
 #[derive(Debug)]
-pub struct Packed<'a> {
+pub(super) struct Packed<'a> {
     /// Token and position ids, R each.
     pub rows: TextRows<'a>,
     /// One span per caption and mode, over rows.
@@ -36,7 +36,7 @@ pub struct Packed<'a> {
 }
 
 /// Weights and buffers of the text encoder. Letters: R packed rows, T width, G mlp width.
-pub struct Bert<B: Backend> {
+pub(super) struct Bert<B: Backend> {
     config: TextConfig,
     words: B::Buf,
     positions: B::Buf,
@@ -61,7 +61,7 @@ pub struct Bert<B: Backend> {
 impl<B: Backend> Bert<B> {
     /// Loads the encoder with buffers for `rows_max` packed rows and `image_rows` image tokens (0: no matching head).
     /// Errors: a missing or misshapen tensor, no memory.
-    pub fn load(
+    pub(super) fn load(
         loader: &Loader<'_, B>,
         config: &TextConfig,
         image_width: usize,
@@ -112,14 +112,14 @@ impl<B: Backend> Bert<B> {
     }
 
     /// Makes every layer's cross-attention keys and values from `image_embeds [rows, V]`.
-    pub fn see_images(&mut self, backend: &mut B, image_embeds: &B::Buf, rows: usize) {
+    pub(super) fn see_images(&mut self, backend: &mut B, image_embeds: &B::Buf, rows: usize) {
         for (layer, kv) in self.layers.iter().zip(&mut self.cross) {
             backend.linear(image_embeds, rows, &layer.cross_kv, Epilogue::Store, kv);
         }
     }
 
     /// Encodes packed rows; the result, [`Self::output`], is `[R, T]`.
-    pub fn forward(
+    pub(super) fn forward(
         &mut self,
         backend: &mut B,
         text: &Packed<'_>,
@@ -160,7 +160,7 @@ impl<B: Backend> Bert<B> {
     }
 
     /// The last layer's rows, `[R, T]`; a caption's first row is what the heads read.
-    pub fn output(&self) -> &B::Buf {
+    pub(super) fn output(&self) -> &B::Buf {
         &self.x
     }
 }

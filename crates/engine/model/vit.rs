@@ -15,7 +15,7 @@ struct Layer<B: Backend> {
 }
 
 /// Weights and buffers of the image encoder. Letters: B images, N tokens of an image, V width, F mlp width.
-pub struct Vit<B: Backend> {
+pub(super) struct Vit<B: Backend> {
     config: VisionConfig,
     patches: Patches,
     lut: PixelLut,
@@ -40,7 +40,7 @@ pub struct Vit<B: Backend> {
 
 impl<B: Backend> Vit<B> {
     /// Loads the encoder with buffers for `images_max` images. Errors: a missing or misshapen tensor, no memory.
-    pub fn load(
+    pub(super) fn load(
         loader: &Loader<'_, B>,
         config: &VisionConfig,
         lut: &PixelLut,
@@ -91,12 +91,12 @@ impl<B: Backend> Vit<B> {
     }
 
     /// Tokens of an image: patches and the class row.
-    pub fn tokens(&self) -> usize {
+    pub(super) fn tokens(&self) -> usize {
         self.patches.count() + 1
     }
 
     /// Encodes `pixels [B, S, S, 3]`; the result, [`Self::embeds`], is `[B * N, V]`.
-    pub fn forward(&mut self, backend: &mut B, pixels: &[u8], observer: &mut Observer<'_>) -> Result<(), Error> {
+    pub(super) fn forward(&mut self, backend: &mut B, pixels: &[u8], observer: &mut Observer<'_>) -> Result<(), Error> {
         let side = self.config.image_size;
         let images = pixels.len() / (side * side * 3);
         let (v, tokens) = (self.config.hidden, self.tokens());
@@ -131,7 +131,7 @@ impl<B: Backend> Vit<B> {
     }
 
     /// All tokens of all images after the final norm, `[B * N, V]`; row `b * N` is image b's class row.
-    pub fn embeds(&self) -> &B::Buf {
+    pub(super) fn embeds(&self) -> &B::Buf {
         &self.normed
     }
 }
