@@ -60,7 +60,8 @@ def holds(statement: Statement, scene: Scene) -> bool:
     """Whether everything the statement says is true of the scene."""
     places = []
     for claim in statement.claims:
-        index = next((i for i, g in enumerate(scene.groups) if (g.shape, g.colour) == (claim.shape, claim.colour)), None)
+        named = (claim.shape, claim.colour)
+        index = next((i for i, g in enumerate(scene.groups) if (g.shape, g.colour) == named), None)
         if index is None or scene.groups[index].count != claim.count:
             return False
         if claim.size is not None and scene.groups[index].size != claim.size:
@@ -81,7 +82,10 @@ def word_list(statement: Statement, rng: random.Random) -> list:
     for index, claim in enumerate(statement.claims):
         if index > 0:
             words += _joint(statement, index, rng)
-        words.append((rng.choice(COUNT_WORDS[claim.count]), ("count", index)))
+        number = rng.choice(COUNT_WORDS[claim.count])
+        if number == "a" and claim.size is None and claim.colour == "orange":
+            number = "an"
+        words.append((number, ("count", index)))
         if claim.size is not None:
             words.append((rng.choice(SIZE_WORDS[claim.size]), ("size", index)))
         words.append((claim.colour, ("colour", index)))
@@ -148,16 +152,17 @@ def _swap(statement, rng):
     return replace(statement, claims=swapped + statement.claims[2:]), {(field, 0), (field, 1)}
 
 
-def garble(words: list, rng: random.Random) -> list:
-    """Broken text: letters scrambled or replaced in most words, or the word order destroyed."""
+def garble(words: list, rng: random.Random):
+    """(words, flags) of broken text: letters scrambled or replaced in most words, or the word order destroyed."""
     if rng.random() < 0.35 and len(words) >= 5:
         mixed = list(words)
         while sum(x == y for x, y in zip(mixed, words)) > len(words) // 3:
             rng.shuffle(mixed)
-        return mixed
+        return mixed, None
     chosen = [i for i, w in enumerate(words) if len(w) > 2]
     chosen = rng.sample(chosen, min(4, max(2, round(0.7 * len(chosen))))) if len(chosen) > 2 else chosen
-    return [_break(w, rng) if i in chosen else w for i, w in enumerate(words)]
+    broken = [_break(w, rng) if i in chosen else w for i, w in enumerate(words)]
+    return broken, [int(i not in chosen) for i in range(len(words))]
 
 
 def _break(word, rng):
@@ -177,18 +182,17 @@ def true_caption(scene: Scene, rng: random.Random):
     return statement, word_list(statement, rng)
 
 
-def noisy_caption(scene: Scene, other: Scene, rng: random.Random):
+def noisy_caption(scene: Scene, other: Scene, rng: random.Random, weights=None):
     """(kind, words, flags): a false caption; flags per word 1 right, 0 wrong, None where nothing is known.
 
     A true statement is drawn first and the kind is chosen among those that apply to it, so that wrong and right
-    captions have the same distribution of words and lengths (garbled ones excepted).
+    captions have the same distribution of words and lengths (garbled ones excepted). `weights` favours some kinds.
     """
     while True:
         statement = describe(scene, rng)
-        kind = rng.choice(NOISE_KINDS)
+        kind = rng.choices(NOISE_KINDS, weights)[0]
         if kind == "garbled":
-            words = garble([w for w, _ in word_list(statement, rng)], rng)
-            return kind, words, None
+            return kind, *garble([w for w, _ in word_list(statement, rng)], rng)
         if kind == "other_image":
             statement = describe(other, rng)
             if not holds(statement, scene):

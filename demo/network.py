@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import BertTokenizerFast, BlipConfig, BlipForImageTextRetrieval
 
+import scenes
 from captions import vocabulary
 
-IMAGE_PX, PATCH_PX = 80, 8
-GRID = IMAGE_PX // PATCH_PX
+IMAGE_PX = 96
+PATCH_PX = IMAGE_PX // scenes.CELLS      # one patch per cell: 17 image tokens, which two cores can train
 POSITIONS = 128
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -22,7 +23,7 @@ INIT_STD = 0.05             # transformers' 0.02 suits width 768; at width 128 i
 
 
 def build_model(width=128, vision_layers=4, text_layers=3, heads=4, seed=0):
-    """A random model of the demo's shape. The two rows past the vocabulary are [DEC] and [ENC], as in public weights."""
+    """A random model of the demo's shape; the two rows past the vocabulary are [DEC] and [ENC], as in public weights."""
     torch.manual_seed(seed)
     words = len(vocabulary())
     common = dict(hidden_size=width, intermediate_size=4 * width, num_attention_heads=heads, hidden_act="gelu",
@@ -95,7 +96,7 @@ def encode_text(model, ids, mask, image=None):
     """
     b, k, length = ids.shape
     real = mask.flatten().nonzero().squeeze(1)
-    bias = torch.zeros(b * k, 1, 1, length).masked_fill(~mask.view(b * k, 1, 1, length), -1e4)
+    bias = torch.zeros(b * k, 1, 1, length).masked_fill(~mask.reshape(b * k, 1, 1, length), -1e4)
     text = model.text_encoder
     positions = torch.arange(length).expand(b * k, length).flatten()[real]
     x = text.embeddings.word_embeddings(ids.flatten()[real]) + text.embeddings.position_embeddings(positions)
@@ -114,11 +115,12 @@ def encode_text(model, ids, mask, image=None):
         if image is not None:
             cross = layer.crossattention.self
             q = _split(spread(cross.query(x)).view(b, k * length, -1), heads)
-            mixed = F.scaled_dot_product_attention(q, _split(cross.key(image), heads), _split(cross.value(image), heads))
+            key, value = _split(cross.key(image), heads), _split(cross.value(image), heads)
+            mixed = F.scaled_dot_product_attention(q, key, value)
             mixed = mixed.transpose(1, 2).reshape(b * k * length, -1)[real]
             x = layer.crossattention.output(mixed, x)
         x = layer.output(layer.intermediate(x), x)
-    lengths = mask.view(b * k, length).sum(1)
+    lengths = mask.reshape(b * k, length).sum(1)
     return x, lengths.cumsum(0) - lengths
 
 

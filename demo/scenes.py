@@ -20,9 +20,11 @@ COLOUR_NAMES = tuple(COLOURS)
 SIZES = ("small", "large")
 BACKGROUNDS = ("plain", "striped", "checkered", "dotted")
 COUNT_MAX = 4
+# Objects sit near the centres of a CELLS x CELLS grid, so that none overlap and each falls into one image patch.
+CELLS, JITTER = 4, 0.025
 # Fractions of the shorter image side. The gap keeps "small" and "large" apart after the squash to a square.
-RADIUS = {"small": (0.064, 0.078), "large": (0.122, 0.145)}
-SIDE_PX = (120, 160)        # native width and height; never the model's input size, so the resize is exercised
+RADIUS = {"small": (0.060, 0.069), "large": (0.100, 0.112)}
+SIDE_PX = (128, 160)        # native width and height; never the model's input size, so the resize is exercised
 
 
 @dataclass(frozen=True)
@@ -49,30 +51,19 @@ class Scene:
 
 
 def sample_scene(rng: random.Random) -> Scene:
-    """Draws scenes until one has room for all its objects."""
-    while True:
-        scene = _try_scene(rng)
-        if scene is not None:
-            return scene
-
-
-def _try_scene(rng):
-    width, height = rng.randint(*SIDE_PX), rng.randint(*SIDE_PX)
+    """A random scene; two groups often stand side by side or one above the other, so that captions can say so."""
     n_groups = rng.choices((1, 2, 3), (0.25, 0.6, 0.15))[0]
     layout = rng.choice(("row", "column", "row", "column", "free")) if n_groups == 2 else "free"
-    placed, groups, seen = [], [], set()
+    groups, seen, taken = [], set(), set()
     for index in range(n_groups):
         shape, colour = _kind(rng, groups, seen)
         seen.add((shape, colour))
-        count = rng.randint(1, COUNT_MAX if n_groups < 3 else 2)
-        size = rng.choice(SIZES)
-        radius = rng.uniform(*RADIUS[size])
-        box = _half(layout, index)
-        centres = _place(rng, placed, count, radius, box, (width, height))
-        if centres is None:
-            return None
-        groups.append(Group(shape, colour, size, count, radius, tuple(centres)))
-    return Scene(tuple(groups), layout, rng.choice(BACKGROUNDS), width, height)
+        count, size = rng.randint(1, COUNT_MAX), rng.choice(SIZES)
+        cells = rng.sample([c for c in _half(layout, index) if c not in taken], count)
+        taken.update(cells)
+        centres = tuple(tuple((c + 0.5) / CELLS + rng.uniform(-JITTER, JITTER) for c in cell) for cell in cells)
+        groups.append(Group(shape, colour, size, count, rng.uniform(*RADIUS[size]), centres))
+    return Scene(tuple(groups), layout, rng.choice(BACKGROUNDS), rng.randint(*SIDE_PX), rng.randint(*SIDE_PX))
 
 
 def _kind(rng, groups, seen):
@@ -89,32 +80,11 @@ def _kind(rng, groups, seen):
 
 
 def _half(layout, index):
-    """(x0, y0, x1, y1): the part of the frame that a group's centres may use."""
-    if layout == "row":
-        return (0.0, 0.0, 0.48, 1.0) if index == 0 else (0.52, 0.0, 1.0, 1.0)
-    if layout == "column":
-        return (0.0, 0.0, 1.0, 0.48) if index == 0 else (0.0, 0.52, 1.0, 1.0)
-    return (0.0, 0.0, 1.0, 1.0)
-
-
-def _place(rng, placed, count, radius, box, size):
-    """Centres that neither overlap nor touch the border; None when 40 tries find no room for one of them."""
-    width, height = size
-    short = min(width, height)
-    rx, ry = 1.1 * radius * short / width, 1.1 * radius * short / height
-    centres = []
-    for _ in range(count):
-        for _ in range(40):
-            x = rng.uniform(box[0] + rx, box[2] - rx)
-            y = rng.uniform(box[1] + ry, box[3] - ry)
-            if all(math.hypot((x - px) * width, (y - py) * height) > 1.15 * (radius + pr) * short
-                   for px, py, pr in placed):
-                placed.append((x, y, radius))
-                centres.append((x, y))
-                break
-        else:
-            return None
-    return centres
+    """The cells (column, row) that a group may use."""
+    half = range(CELLS // 2) if index == 0 else range(CELLS // 2, CELLS)
+    columns = half if layout == "row" else range(CELLS)
+    rows = half if layout == "column" else range(CELLS)
+    return [(c, r) for c in columns for r in rows]
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
@@ -194,24 +164,18 @@ def jpeg_bytes(image: Image.Image, rng: random.Random) -> bytes:
     return buffer.getvalue()
 
 
-def patch_targets(scene: Scene, grid: int) -> np.ndarray:
-    """What each patch shows, int8 [5, grid, grid]: shape, colour, size, count of its group, place; 0 is background.
+def patch_targets(scene: Scene) -> np.ndarray:
+    """What each cell holds, int8 [5, CELLS, CELLS]: shape, colour, size, count of its group, place; 0 is background.
 
     Labels for a throw-away head in training. Place: 1 left, 2 right, 3 above, 4 below (of the other group).
     """
-    out = np.zeros((5, grid, grid), np.int8)
-    short = min(scene.width, scene.height)
+    out = np.zeros((5, CELLS, CELLS), np.int8)
     for index, group in enumerate(scene.groups):
         place = {"row": 1 + index, "column": 3 + index}.get(scene.layout, 0)
         label = (1 + SHAPES.index(group.shape), 1 + COLOUR_NAMES.index(group.colour), 1 + SIZES.index(group.size),
                  group.count, place)
-        rx, ry = group.radius * short / scene.width, group.radius * short / scene.height
         for x, y in group.centres:
-            # Patches whose centre lies inside the object, and always the one that holds its centre.
-            rows = [r for r in range(grid) if abs((r + 0.5) / grid - y) < ry * 0.9] + [int(y * grid)]
-            cols = [c for c in range(grid) if abs((c + 0.5) / grid - x) < rx * 0.9] + [int(x * grid)]
-            for r in rows:
-                out[:, r, cols] = np.array(label, np.int8)[:, None]
+            out[:, int(y * CELLS), int(x * CELLS)] = label
     return out
 
 

@@ -1,59 +1,38 @@
 """Trains the demo's BLIP on procedurally drawn scenes.
 
-    python train.py --out model [--seed 7] [--steps 6000] [--scenes 40000] [--state FILE]
+    python train.py --out model [--seed 7] [--steps VISION TEXT JOINT] [--scenes 20000] [--state FILE]
 
 Losses: ITM cross-entropy over true captions, hand-made hard negatives and in-batch hard negatives mined by ITC
 similarity; ITC (InfoNCE and a sigmoid loss); and two throw-away helpers that make a small model learn in minutes
 instead of hours: what each patch shows (and how many of each kind there are), and which words are wrong.
-The saved weights are an exponential moving average, rounded to float16.
+Three stages, because two cores are slow: the image encoder alone with the helpers; the text encoder on the frozen
+image tokens, which are computed once; then everything together. The saved weights are an exponential moving average,
+rounded to float16.
 """
 import argparse
-import io
+import itertools
 import math
 import multiprocessing
 import os
 import random
+import tempfile
 import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch import nn
+from torch import distributed, nn
 
 import captions
 import network
 import scenes
+from data import TRUE, caption_batch, pad, training_data, validate
 
-TRUE, HARD = 3, 4           # captions per image: true ones and hand-made false ones; one mined one is added
+ITC_TRUE = 2                # ITC sees only this many of each kind: its text pass shares nothing with ITM's
+ITC_COLUMNS = [0, 1, TRUE, TRUE + 1]
 PATCH_CLASSES = (1 + len(scenes.SHAPES), 1 + len(scenes.COLOUR_NAMES), 1 + len(scenes.SIZES),
                  1 + scenes.COUNT_MAX, 5)
 KINDS = len(scenes.SHAPES) * len(scenes.COLOUR_NAMES)
-
-
-def render(job):
-    """(scenes, images, patch targets, whole targets) of one chunk: the unit of work of a rendering process."""
-    seed, count = job
-    rng = random.Random(f"scenes-{seed}")
-    drawn, images, patches, wholes = [], [], [], []
-    for _ in range(count):
-        scene = scenes.sample_scene(rng)
-        spoilt = Image.open(io.BytesIO(scenes.jpeg_bytes(scenes.draw(scene, rng), rng))).convert("RGB")
-        images.append(np.asarray(spoilt.resize((network.IMAGE_PX, network.IMAGE_PX), Image.BICUBIC)))
-        drawn.append(scene)
-        patches.append(scenes.patch_targets(scene, network.GRID))
-        wholes.append(scenes.whole_targets(scene))
-    return drawn, np.stack(images), np.stack(patches), np.stack(wholes)
-
-
-def render_all(seed, count, processes=2):
-    """`count` scenes from `seed`, the same whatever the number of processes."""
-    chunk = 500
-    jobs = [(f"{seed}-{i}", min(chunk, count - i * chunk)) for i in range(math.ceil(count / chunk))]
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
-        parts = pool.map(render, jobs)
-    drawn = [s for p in parts for s in p[0]]
-    return drawn, *(torch.from_numpy(np.concatenate([p[i] for p in parts])) for i in (1, 2, 3))
 
 
 class Helpers(nn.Module):
@@ -63,6 +42,8 @@ class Helpers(nn.Module):
         super().__init__()
         self.patch = nn.Linear(width, sum(PATCH_CLASSES))
         self.whole = nn.Linear(width, len(scenes.BACKGROUNDS) + KINDS * (1 + scenes.COUNT_MAX))
+        with torch.no_grad():   # most kinds are absent from most scenes: start from that
+            self.whole.bias[len(scenes.BACKGROUNDS)::1 + scenes.COUNT_MAX] = 4.0
         self.word = nn.Linear(width, 1)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.sigmoid_scale = nn.Parameter(torch.tensor(math.log(8.0)))
@@ -78,7 +59,8 @@ def vision_loss(helpers, tokens, patches, wholes):
     for index, classes in enumerate(PATCH_CLASSES):
         each = F.cross_entropy(logits[..., start:start + classes].flatten(0, 1), patches[:, index].flatten().long(),
                                reduction="none")
-        loss = loss + (each * weight.flatten()).sum() / weight.sum()
+        # Shape is the slowest to learn and everything else waits for it.
+        loss = loss + (2 if index == 0 else 1) * (each * weight.flatten()).sum() / weight.sum()
         start += classes
     whole = helpers.whole(tokens[:, 0]).float()
     n = len(scenes.BACKGROUNDS)
@@ -86,66 +68,40 @@ def vision_loss(helpers, tokens, patches, wholes):
     counts = wholes[:, 1:].long()
     each = F.cross_entropy(whole[:, n:].reshape(-1, 1 + scenes.COUNT_MAX), counts.flatten(), reduction="none")
     present = (counts.flatten() > 0).float()
-    return loss + (each * present).sum() / present.sum() + (each * (1 - present)).sum() / len(tokens)
-
-
-def caption_batch(drawn, rng, encoder):
-    """Statements and encoded captions [B][TRUE + HARD] with word flags; the first TRUE of each are true."""
-    statements, encoded = [], []
-    for index, scene in enumerate(drawn):
-        row = []
-        for _ in range(TRUE):
-            statement, words = captions.true_caption(scene, rng)
-            statements.append((index, len(row), statement))
-            row.append(([w for w, _ in words], [1] * len(words)))
-        for _ in range(HARD):
-            other = drawn[(index + rng.randrange(1, len(drawn))) % len(drawn)]
-            _, words, flags = captions.noisy_caption(scene, other, rng)
-            row.append((words, flags))
-        # The full stop that `sentence` may add says nothing about the truth: flag unknown.
-        encoded.append([encoder(w + ["."], (f or [-1] * len(w)) + [-1]) if rng.random() < 0.3 else encoder(w, f)
-                        for w, f in row])
-    return statements, encoded
-
-
-def pad(encoded):
-    """Nested (ids, flags) to tensors [B, K, L]: ids, mask, flags."""
-    longest = max(len(ids) for row in encoded for ids, _ in row)
-    ids = torch.tensor([[i + [0] * (longest - len(i)) for i, _ in row] for row in encoded])
-    flags = torch.tensor([[f + [-1] * (longest - len(f)) for _, f in row] for row in encoded])
-    return ids, ids != 0, flags
+    return loss + 0.3 * ((each * present).sum() / present.sum() + (each * (1 - present)).sum() / len(tokens))
 
 
 def itc_losses(model, helpers, tokens, ids, mask):
     """(InfoNCE + sigmoid loss, cosine of every image with every caption [B, B*K])."""
+    ids, mask = ids[:, ITC_COLUMNS], mask[:, ITC_COLUMNS]
     b, k = ids.shape[:2]
     hidden, first = network.encode_text(model, ids, mask)
     image = F.normalize(model.vision_proj(tokens[:, 0]).float(), dim=-1)
     text = F.normalize(model.text_proj(hidden[first]).float(), dim=-1)
     cosine = image @ text.t()
     own = torch.zeros(b, b, k, dtype=torch.bool)
-    own[torch.arange(b), torch.arange(b), :TRUE] = True
+    own[torch.arange(b), torch.arange(b), :ITC_TRUE] = True
     logits = cosine * helpers.log_scale.exp().clamp(max=50)
     to_text = logits.logsumexp(1).mean() - logits[own.view(b, -1)].mean()
-    true = logits.view(b, b, k)[:, :, :TRUE].flatten(1).t()
-    to_image = F.cross_entropy(true, torch.arange(b).repeat_interleave(TRUE))
+    true = logits.view(b, b, k)[:, :, :ITC_TRUE].flatten(1).t()
+    to_image = F.cross_entropy(true, torch.arange(b).repeat_interleave(ITC_TRUE))
     pairs = cosine.view(b, b, k)[torch.arange(b), torch.arange(b)]
-    target = (torch.arange(k) < TRUE).float().expand(b, k)
+    target = (torch.arange(k) < ITC_TRUE).float().expand(b, k)
     sigmoid = F.binary_cross_entropy_with_logits(
         pairs * helpers.sigmoid_scale.exp() + helpers.sigmoid_bias, target)
     return 0.5 * (to_text + to_image) + 2 * sigmoid, cosine
 
 
-def mine(cosine, statements, encoded, drawn, k):
+def mine(cosine, statements, encoded, drawn):
     """Adds to every image the caption of another image that ITC finds likely; returns its true label."""
     b = len(drawn)
-    chances = cosine.detach().view(b, b, k)[:, :, :TRUE].clone()
+    chances = cosine.detach().view(b, b, -1)[:, :, :ITC_TRUE].clone()
     chances[torch.arange(b), torch.arange(b)] = -math.inf
     picked = torch.multinomial((chances.flatten(1) * 12).softmax(1), 1).squeeze(1).tolist()
     by_place = {(i, j): s for i, j, s in statements}
     labels = []
     for index, pick in enumerate(picked):
-        owner, place = divmod(pick, TRUE)
+        owner, place = divmod(pick, ITC_TRUE)
         label = captions.holds(by_place[owner, place], drawn[index])
         ids, flags = encoded[owner][place]
         encoded[index].append((ids, flags if label else [-1] * len(flags)))
@@ -167,145 +123,158 @@ def itm_losses(model, helpers, tokens, encoded, mined):
     return match, F.binary_cross_entropy_with_logits(word[known >= 0], known[known >= 0].float())
 
 
-def auc(score, truth):
-    """Area under the ROC curve by ranks (ties are vanishingly rare in float scores)."""
-    rank = np.empty(len(score))
-    rank[np.argsort(score)] = np.arange(1, len(score) + 1)
-    positives = truth.sum()
-    return (rank[truth].sum() - positives * (positives + 1) / 2) / (positives * (len(truth) - positives))
-
-
-@torch.no_grad()
-def validate(model, data, encoder):
-    """One line: AUC of both heads over one true and one noisy caption per held-out scene, then ITM AUC by kind."""
-    drawn, images = data[0], data[1]
-    rng, rows, kinds = random.Random("validation"), [], []
-    for i, scene in enumerate(drawn):
-        _, words = captions.true_caption(scene, rng)
-        kind, wrong, _ = captions.noisy_caption(scene, drawn[i - 1], rng)
-        rows.append([encoder([w for w, _ in words], None), encoder(wrong, None)])
-        kinds.append(kind)
-    itm, cos = [], []
-    for i in range(0, len(drawn), 64):
-        tokens = network.encode_image(model, network.pixel_values(images[i:i + 64]))
-        ids, mask, _ = pad(rows[i:i + 64])
-        hidden, first = network.encode_text(model, ids, mask, tokens)
-        itm.append(model.itm_head(hidden[first]).diff(dim=1).view(-1, 2))
-        hidden, first = network.encode_text(model, ids, mask)
-        text = F.normalize(model.text_proj(hidden[first]), dim=-1).view(len(ids), 2, -1)
-        cos.append((text * F.normalize(model.vision_proj(tokens[:, 0]), dim=-1)[:, None]).sum(-1))
-    itm, cos, kinds = torch.cat(itm).numpy(), torch.cat(cos).numpy(), np.array(kinds)
-    truth = np.repeat([[True, False]], len(itm), 0)
-    line = f"AUC itm {auc(itm.ravel(), truth.ravel()):.4f} cosine {auc(cos.ravel(), truth.ravel()):.4f} |"
-    for kind in captions.NOISE_KINDS:
-        score = np.concatenate([itm[:, 0], itm[kinds == kind, 1]])
-        line += f" {kind} {auc(score, np.arange(len(score)) < len(itm)):.3f}"
-    return line
-
-
-def learning_rate(step, args):
-    """Linear warm-up, then a cosine down to a hundredth."""
-    if step < 200:
-        return args.lr * (step + 1) / 200
-    return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - 200) / (args.steps - 200)))))
+def learning_rate(step, steps, peak):
+    """Linear warm-up over 100 steps, then a cosine down to a twentieth, at each stage anew."""
+    warm = min(100, steps // 4)
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm))))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="folder of the model")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--vision-steps", type=int, default=600, help="first steps, without any text")
-    parser.add_argument("--scenes", type=int, default=40000)
-    parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--lr", type=float, default=1.2e-3)
-    parser.add_argument("--every", type=int, default=500, help="steps between validations and saves")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--vision-layers", type=int, default=4)
-    parser.add_argument("--text-layers", type=int, default=3)
-    parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16")
+    parser.add_argument("--steps", type=int, nargs=3, default=(1000, 1500, 600), help="steps of the three stages")
+    parser.add_argument("--lr", type=float, nargs=3, default=(1.2e-3, 1.2e-3, 5e-4), help="peak rates of the stages")
+    parser.add_argument("--scenes", type=int, default=20000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--every", type=int, default=250, help="steps between validations and saves")
+    parser.add_argument("--cache", help="file that keeps the rendered scenes for the next run")
     parser.add_argument("--state", help="file to continue from, and to save the whole training state to")
+    parser.add_argument("--processes", type=int, default=2, help="one thread each; every one has its own batch")
     args = parser.parse_args()
-    train(args)
+    # One thread per process: on a shared two-core machine two processes beat two threads three times over.
+    torch.set_num_threads(1)
+    data, held_out = training_data(args.seed, args.scenes, args.cache)
+    fork = multiprocessing.get_context("fork")      # the children share the parent's images
+    with tempfile.TemporaryDirectory() as folder:
+        children = [fork.Process(target=worker, args=(rank, args, data, held_out, folder))
+                    for rank in range(1, args.processes)]
+        for child in children:
+            child.start()
+        worker(0, args, data, held_out, folder)
 
 
-def train(args):
-    torch.set_num_threads(args.threads)
-    started = time.time()
-    data = render_all(args.seed, args.scenes)
-    held_out = render_all(f"held-out-{args.seed}", 1024)
-    print(f"rendered {args.scenes} scenes in {time.time() - started:.0f} s", flush=True)
-    model = network.build_model(vision_layers=args.vision_layers, text_layers=args.text_layers, seed=args.seed)
-    network.check_forward(model)
-    average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    helpers = Helpers(model.config.vision_config.hidden_size)
-    weights = list(model.parameters()) + list(helpers.parameters())
-    groups = [dict(params=[p for p in weights if p.dim() > 1], weight_decay=0.02),
-              dict(params=[p for p in weights if p.dim() <= 1], weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
-    rng, encoder, step = random.Random(f"train-{args.seed}"), network.WordEncoder(), 0
-    if args.state and os.path.exists(args.state):
-        kept = torch.load(args.state, weights_only=False)
-        for part, name in ((model, "model"), (helpers, "helpers"), (optimizer, "optimizer")):
-            part.load_state_dict(kept[name])
-        average, step = kept["average"], kept["step"]
-        rng.seed(f"train-{args.seed}-{step}")
-    print(sum(p.numel() for p in model.parameters()), "parameters", flush=True)
-    totals = np.zeros(4)
-    while step < args.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            losses = step_losses(model, helpers, data, rng, encoder, args, step)
-        helper_weight = 1.0 if step < args.vision_steps else 0.5
-        loss = helper_weight * losses[0] + losses[1] + losses[2] + losses[3]
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        step += 1
-        decay = min(0.998, (1 + step) / (10 + step))
+def worker(rank, args, data, held_out, folder):
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=args.processes)
+    Trainer(rank, args, data, held_out).run()
+    distributed.destroy_process_group()
+
+
+class Trainer:
+    """The model, its helpers, the optimizer and the data of one process; all processes hold equal weights."""
+
+    def __init__(self, rank, args, data, held_out):
+        self.rank, self.args, self.started, self.step = rank, args, time.time(), 0
+        self.data, self.held_out = data, held_out
+        self.model = network.build_model(seed=args.seed)
+        network.check_forward(self.model)
+        self.average = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        self.helpers = Helpers(self.model.config.vision_config.hidden_size)
+        self.weights = list(self.model.parameters()) + list(self.helpers.parameters())
+        self.optimizer = torch.optim.AdamW(
+            [dict(params=[p for p in self.weights if p.dim() > 1], weight_decay=0.02),
+             dict(params=[p for p in self.weights if p.dim() <= 1], weight_decay=0.0)], betas=(0.9, 0.98))
+        self.rng, self.encoder = random.Random(f"train-{args.seed}-{rank}"), network.WordEncoder()
+        self.frozen_tokens = None
+        if args.state and os.path.exists(args.state):
+            self.restore()
+        self.log(f"{args.scenes} scenes, {sum(p.numel() for p in self.model.parameters())} parameters")
+
+    def restore(self):
+        kept = torch.load(self.args.state, weights_only=False)
+        for name in ("model", "helpers", "optimizer"):
+            getattr(self, name).load_state_dict(kept[name])
+        self.average, self.step = kept["average"], kept["step"]
+        # A continued run differs from an unbroken one: it draws other batches.
+        self.rng.seed(f"train-{self.args.seed}-{self.rank}-{self.step}")
+
+    def log(self, text):
+        if self.rank == 0:
+            print(f"{time.time() - self.started:6.0f} s step {self.step} {text}", flush=True)
+
+    def run(self):
+        ends = list(itertools.accumulate(self.args.steps))
+        totals, every = np.zeros(4), 25
+        while self.step < ends[-1]:
+            stage = next(i for i, end in enumerate(ends) if self.step < end)
+            inside = self.step - (ends[stage] - self.args.steps[stage])
+            rate = learning_rate(inside, self.args.steps[stage], self.args.lr[stage])
+            totals += self.update(stage, rate)
+            if self.step % every == 0:
+                names = ("vision", "itc", "itm", "word")
+                self.log(" ".join(f"{n} {v:.3f}" for n, v in zip(names, totals / every)))
+                totals[:] = 0
+            if self.rank == 0 and (self.step % self.args.every == 0 or self.step in ends):
+                self.checkpoint(stage)
+
+    def update(self, stage, rate):
+        """One optimizer step; returns the four losses."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        losses = self.losses(stage)
+        self.optimizer.zero_grad()
+        ((1.0, 0.0, 0.3)[stage] * losses[0] + losses[1] + losses[2] + losses[3]).backward()
+        self.share_gradients()
+        nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.optimizer.step()
+        self.step += 1
+        decay = min(0.995, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            for name, tensor in model.state_dict().items():
-                average[name].lerp_(tensor, 1 - decay)
-        totals += [float(x) for x in losses]
-        if step % 20 == 0:
-            names = " ".join(f"{n} {v:.3f}" for n, v in zip(("vision", "itc", "itm", "word"), totals / 20))
-            print(f"{time.time() - started:6.0f} s step {step} {names}", flush=True)
-            totals[:] = 0
-        if step >= args.vision_steps and step % args.every == 0 or step == args.steps:
-            checkpoint(model, helpers, optimizer, average, step, args)
-            print(validate(averaged(model, average), held_out, encoder), flush=True)
+            for name, tensor in self.model.state_dict().items():
+                self.average[name].lerp_(tensor, 1 - decay)
+        return np.array([float(torch.as_tensor(x).detach()) for x in losses])
 
+    def share_gradients(self):
+        """Averages the gradients over the processes."""
+        grads = [p.grad for p in self.weights if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        distributed.all_reduce(flat)
+        for grad, mean in zip(grads, flat.split([g.numel() for g in grads])):
+            grad.copy_(mean.view_as(grad) / self.args.processes)
 
-def averaged(model, average):
-    """A copy of the model with the averaged weights, rounded as the file rounds them."""
-    copy = type(model)(model.config).eval()
-    copy.load_state_dict({n: t.half().float() for n, t in average.items()})
-    return copy
+    def losses(self, stage):
+        """(vision helper, itc, itm, word helper) of one random batch."""
+        drawn, images, patches, wholes = self.data
+        picked = self.rng.sample(range(len(drawn)), self.args.batch)
+        if stage == 1:
+            if self.frozen_tokens is None:
+                self.freeze()
+            tokens, vision = self.frozen_tokens[picked].float(), 0.0
+        else:
+            tokens = network.encode_image(self.model, network.pixel_values(images[picked]))
+            vision = vision_loss(self.helpers, tokens, patches[picked], wholes[picked])
+        if stage == 0:
+            return vision, 0.0, 0.0, 0.0
+        drawn = [drawn[i] for i in picked]
+        statements, encoded = caption_batch(drawn, self.rng, self.encoder)
+        ids, mask, _ = pad(encoded)
+        itc, cosine = itc_losses(self.model, self.helpers, tokens, ids, mask)
+        mined = mine(cosine, statements, encoded, drawn)
+        return vision, itc, *itm_losses(self.model, self.helpers, tokens, encoded, mined)
 
+    @torch.no_grad()
+    def freeze(self):
+        """Takes over the averaged weights and encodes every image once, in half precision to save memory."""
+        self.model.load_state_dict(self.average)
+        images = self.data[1]
+        self.frozen_tokens = torch.cat([
+            network.encode_image(self.model, network.pixel_values(images[i:i + 250])).half()
+            for i in range(0, len(images), 250)])
+        self.log("image tokens computed")
 
-def checkpoint(model, helpers, optimizer, average, step, args):
-    network.save_model(model, average, args.out)
-    if args.state:
-        torch.save(dict(model=model.state_dict(), helpers=helpers.state_dict(), optimizer=optimizer.state_dict(),
-                        average=average, step=step), args.state + ".part")
-        os.replace(args.state + ".part", args.state)
-
-
-def step_losses(model, helpers, data, rng, encoder, args, step):
-    """(vision helper, itc, itm, word helper) of one random batch."""
-    picked = rng.sample(range(len(data[0])), args.batch)
-    drawn = [data[0][i] for i in picked]
-    tokens = network.encode_image(model, network.pixel_values(data[1][picked]))
-    vision = vision_loss(helpers, tokens, data[2][picked], data[3][picked])
-    if step < args.vision_steps:
-        return vision, 0.0, 0.0, 0.0
-    statements, encoded = caption_batch(drawn, rng, encoder)
-    ids, mask, _ = pad(encoded)
-    itc, cosine = itc_losses(model, helpers, tokens, ids, mask)
-    mined = mine(cosine, statements, encoded, drawn, ids.shape[1])
-    return vision, itc, *itm_losses(model, helpers, tokens, encoded, mined)
+    def checkpoint(self, stage):
+        """Saves the averaged model, measures it on held-out scenes as the file rounds it, saves the state."""
+        network.save_model(self.model, self.average, self.args.out)
+        if self.args.state:
+            parts = {name: getattr(self, name).state_dict() for name in ("model", "helpers", "optimizer")}
+            torch.save(dict(parts, average=self.average, step=self.step), self.args.state + ".part")
+            os.replace(self.args.state + ".part", self.args.state)
+        if stage > 0:
+            copy = type(self.model)(self.model.config).eval()
+            copy.load_state_dict({n: t.half().float() for n, t in self.average.items()})
+            self.log(validate(copy, self.held_out, self.encoder))
 
 
 if __name__ == "__main__":

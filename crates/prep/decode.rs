@@ -144,7 +144,9 @@ pub fn decode_rgb(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, Image
     }))
     .unwrap_or_else(|payload| {
         let format = format.name();
-        Err(payload.downcast::<String>().map_or(ImageError::Panicked { format }, |words| ImageError::damaged(format, *words)))
+        Err(payload
+            .downcast::<String>()
+            .map_or(ImageError::Panicked { format }, |words| ImageError::damaged(format, *words)))
     })
 }
 
@@ -200,14 +202,22 @@ fn looks_like(bytes: &[u8]) -> &'static str {
         [0, 0, 1 | 2, 0, ..] => "an icon file",
         [b'8', b'B', b'P', b'S', ..] => "a Photoshop file",
         _ if text.starts_with("<svg") || (text.starts_with("<?xml") && text.contains("<svg")) => "an SVG drawing",
-        _ if text.starts_with("<!doctype html") || text.starts_with("<html") || text.contains("<head") => "an HTML page",
+        _ if text.starts_with("<!doctype html") || text.starts_with("<html") || text.contains("<head") => {
+            "an HTML page"
+        }
         _ if text.starts_with("<?xml") => "an XML document (perhaps a storage service's error)",
         _ if text.starts_with('{') || text.starts_with('[') => "JSON",
         _ if text.starts_with("http://") || text.starts_with("https://") => "a URL instead of the bytes behind it",
         _ if text.starts_with("data:") => "a data: URL instead of the bytes inside it",
-        _ if text.starts_with("/9j/") || text.starts_with("ivborw0kggo") => "base64 text instead of the bytes it encodes",
+        _ if text.starts_with("/9j/") || text.starts_with("ivborw0kggo") => {
+            "base64 text instead of the bytes it encodes"
+        }
         _ if head.iter().all(|&byte| byte == 0) => "zeros only",
-        _ if head.iter().all(|&byte| byte >= b' ' || byte.is_ascii_whitespace()) && std::str::from_utf8(head).is_ok() => "text",
+        _ if head.iter().all(|&byte| byte >= b' ' || byte.is_ascii_whitespace())
+            && std::str::from_utf8(head).is_ok() =>
+        {
+            "text"
+        }
         _ => "unknown binary data",
     }
 }
@@ -241,9 +251,10 @@ mod tests {
 
     #[test]
     fn headers_alone_are_refused_in_every_format() {
-        let heads: [&[u8]; 6] = [b"\xFF\xD8\xFF\xE0", b"\x89PNG\r\n\x1A\n", b"RIFF\0\0\0\0WEBPVP8 ", b"GIF89a", b"BM", b"II*\0"];
+        let heads: [&[u8]; 6] =
+            [b"\xFF\xD8\xFF\xE0", b"\x89PNG\r\n\x1A\n", b"RIFF\0\0\0\0WEBPVP8 ", b"GIF89a", b"BM", b"II*\0"];
         for head in heads {
-            let error = decode_rgb(head, &DecodeLimits::default()).err().expect("a header is not an image");
+            let error = decode_rgb(head, &DecodeLimits::default()).expect_err("a header is not an image");
             assert_eq!(error.status(), "decode_failed", "{head:?}: {error}");
         }
         assert!(matches!(decode_rgb(b"", &DecodeLimits::default()), Err(ImageError::Empty)));

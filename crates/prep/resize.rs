@@ -78,7 +78,10 @@ impl Weights {
 
     /// (first input position, weights) for each output position in order.
     fn iter(&self) -> impl Iterator<Item = (usize, &[i32])> {
-        self.taps.iter().zip(self.values.chunks_exact(self.taps_max)).map(|(&(lo, count), values)| (lo, &values[..count]))
+        self.taps
+            .iter()
+            .zip(self.values.chunks_exact(self.taps_max))
+            .map(|(&(lo, count), values)| (lo, &values[..count]))
     }
 }
 
@@ -101,7 +104,12 @@ fn to_fixed(weight: f64) -> i32 {
 }
 
 /// Every output row is a weighted sum of input rows of `stride` bytes.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+avx2", "x86_64+avx2", "x86_64+sse4.1", "aarch64+neon"))]
+#[multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512vl+avx512dq+avx2",
+    "x86_64+avx2",
+    "x86_64+sse4.1",
+    "aarch64+neon"
+))]
 fn vertical(rows: &[u8], stride: usize, weights: &Weights, out: &mut [u8]) {
     for ((lo, weights), out_row) in weights.iter().zip(out.chunks_exact_mut(stride)) {
         let (blocks, tail) = out_row.as_chunks_mut::<LANES>();
@@ -117,7 +125,12 @@ fn vertical(rows: &[u8], stride: usize, weights: &Weights, out: &mut [u8]) {
 }
 
 /// Filters along the rows, a strip of [`STRIP_ROWS`] of them at a time. The weights belong to pixels.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+avx2", "x86_64+avx2", "x86_64+sse4.1", "aarch64+neon"))]
+#[multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512vl+avx512dq+avx2",
+    "x86_64+avx2",
+    "x86_64+sse4.1",
+    "aarch64+neon"
+))]
 fn horizontal(pixels: &[u8], width: usize, weights: &Weights, out: &mut [u8]) {
     let (stride_in, stride_out) = (width * CHANNELS, weights.taps.len() * CHANNELS);
     let mut columns = vec![0; stride_in * STRIP_ROWS];
@@ -125,7 +138,7 @@ fn horizontal(pixels: &[u8], width: usize, weights: &Weights, out: &mut [u8]) {
     let mut scratch = vec![0; stride_in.max(stride_out) * STRIP_ROWS];
     let strips = pixels.chunks(stride_in * STRIP_ROWS).zip(out.chunks_mut(stride_out * STRIP_ROWS));
     for (strip, strip_out) in strips {
-        // The last strip may be short: the rows left over from the strip before are computed again and not copied out.
+        // The last strip may be short: what stands in for its missing rows is filtered too and not copied out.
         columns[..strip.len()].copy_from_slice(strip);
         let scratch_in = &mut scratch[..stride_in * STRIP_ROWS];
         for _ in 0..STRIP_ROWS.ilog2() / 2 {
@@ -185,7 +198,9 @@ fn to_sample(sum: i32) -> u8 {
 fn weigh_tail(rows: &[u8], stride: usize, weights: &[i32], out: &mut [u8]) {
     for (j, out) in out.iter_mut().enumerate() {
         let samples = rows[j..].iter().step_by(stride);
-        let sum = samples.zip(weights).fold(HALF, |sum, (&sample, &weight)| sum.wrapping_add(weight.wrapping_mul(i32::from(sample))));
+        let sum = samples
+            .zip(weights)
+            .fold(HALF, |sum, (&sample, &weight)| sum.wrapping_add(weight.wrapping_mul(i32::from(sample))));
         *out = to_sample(sum);
     }
 }

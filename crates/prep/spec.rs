@@ -29,7 +29,7 @@ impl ImageSpec {
         Self {
             size,
             mean: [0.481_454_66, 0.457_827_5, 0.408_210_73],
-            std: [0.268_629_54, 0.261_302_58, 0.275_777_11],
+            std: [0.268_629_54, 0.261_302_6, 0.275_777_1],
             rescale: 0.003_921_568_627_450_98,
         }
     }
@@ -50,7 +50,8 @@ impl ImageSpec {
         let published = Self::blip(384);
         let positive = |value: &Value| value.as_f64().filter(|v| *v > 0.0 && v.is_finite());
         Ok(Self {
-            size: expect("size", field("size"), "one number or equal height and width", side)?.unwrap_or(published.size),
+            size: expect("size", field("size"), "one number or equal height and width", side)?
+                .unwrap_or(published.size),
             mean: expect("image_mean", field("image_mean"), "three numbers", three)?.unwrap_or(published.mean),
             std: expect("image_std", field("image_std"), "three positive numbers", |value| {
                 three(value).filter(|std| std.iter().all(|v| *v > 0.0))

@@ -26,7 +26,8 @@ impl Tokenizer {
     /// # Errors
     /// When it is not one, or its vocabulary lacks a special token of BERT.
     pub fn from_json(json: &[u8]) -> Result<Self, Error> {
-        let inner = tokenizers::Tokenizer::from_bytes(json).map_err(|source| Error::Tokenizer { file: JSON, source })?;
+        let inner =
+            tokenizers::Tokenizer::from_bytes(json).map_err(|source| Error::Tokenizer { file: JSON, source })?;
         Self::new(inner, JSON)
     }
 
@@ -36,14 +37,16 @@ impl Tokenizer {
     /// When it is not UTF-8, or lacks a special token of BERT.
     pub fn from_vocab(vocab: &[u8]) -> Result<Self, Error> {
         let text = std::str::from_utf8(vocab).map_err(|e| Error::Tokenizer { file: VOCAB, source: e.into() })?;
-        let vocab: Map<String, Value> = text.lines().zip(0u32..).map(|(token, id)| (token.to_owned(), id.into())).collect();
+        let vocab: Map<String, Value> =
+            text.lines().zip(0u32..).map(|(token, id)| (token.to_owned(), id.into())).collect();
         for token in [CLS, SEP, UNK] {
             if !vocab.contains_key(token) {
                 return Err(Error::MissingToken { file: VOCAB, token });
             }
         }
         let json = bert_uncased_json(vocab).to_string();
-        let inner = tokenizers::Tokenizer::from_bytes(json).map_err(|source| Error::Tokenizer { file: VOCAB, source })?;
+        let inner =
+            tokenizers::Tokenizer::from_bytes(json).map_err(|source| Error::Tokenizer { file: VOCAB, source })?;
         Self::new(inner, VOCAB)
     }
 
@@ -117,7 +120,8 @@ impl Tokenizer {
 /// The tokenizer.json of BERT uncased around another vocabulary. Going through the file's own format keeps one way in, and
 /// what `synth` writes is what the published models contain.
 fn bert_uncased_json(vocab: Map<String, Value>) -> Value {
-    let special = ["[PAD]", UNK, CLS, SEP, "[MASK]"].into_iter().filter_map(|token| Some((vocab.get(token)?.as_u64()?, token)));
+    let special =
+        ["[PAD]", UNK, CLS, SEP, "[MASK]"].into_iter().filter_map(|token| Some((vocab.get(token)?.as_u64()?, token)));
     let mut special: Vec<_> = special.collect();
     special.sort_unstable();
     let added = special.into_iter().map(|(id, content)| {
@@ -189,7 +193,10 @@ mod tests {
     #[test]
     fn truncation_and_padding_in_the_file_are_ignored() {
         let json = small().to_json().expect("serialises");
-        let json = json.replace("\"truncation\":null", r#""truncation":{"direction":"Right","max_length":4,"strategy":"LongestFirst","stride":0}"#);
+        let json = json.replace(
+            "\"truncation\":null",
+            r#""truncation":{"direction":"Right","max_length":4,"strategy":"LongestFirst","stride":0}"#,
+        );
         let json = json.replace("\"padding\":null", r#""padding":{"strategy":{"Fixed":16},"direction":"Right","pad_to_multiple_of":null,"pad_id":0,"pad_type_id":0,"pad_token":"[PAD]"}"#);
         assert!(json.contains("max_length") && json.contains("Fixed"), "the file was changed");
         let tokenizer = Tokenizer::from_json(json.as_bytes()).expect("valid");

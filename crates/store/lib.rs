@@ -1,1 +1,38 @@
-//! x
+//! Where rows come from and scores go: objects in stores, Parquet shards, models of the hub.
+//!
+//! ```text
+//! Location --Footer, Columns--> ShardReader --batches--> rows(batch) --> ...scores... --> ShardWriter --commit--> Location
+//! hub id ------fetch_model----> a folder in the local hub cache
+//! ```
+//!
+//! Everything is async and only reads, waits and writes; Parquet's own computing runs on blocking threads, where its
+//! panics on damaged files are contained. Every byte goes through [`object_store`], so this crate knows no files but the
+//! hub cache and leftovers of killed runs. It knows nothing of images, captions or models beyond their column types.
+//!
+//! Invariants: one row group of a shard is in memory at a time; an output carries every input column unchanged, in the
+//! order of the input; an output is visible whole or not at all.
+#![forbid(unsafe_code)]
+
+mod columns;
+mod error;
+mod features;
+mod footer;
+mod hub;
+mod location;
+mod output;
+mod partial;
+mod reader;
+mod rows;
+mod stats;
+mod writer;
+
+pub use columns::{CaptionKind, ColumnOptions, Columns, ImageKind};
+pub use error::{Error, Result};
+pub use footer::Footer;
+pub use hub::{FileProgress, HubConfig, fetch_model, fetch_model_with};
+pub use location::{Location, ObjectInfo};
+pub use output::{CaptionScore, OutputHeads, OutputOptions, RowScore};
+pub use reader::{Batches, ShardReader};
+pub use rows::{CaptionCell, ImageCell, InputRow, rows};
+pub use stats::{stats_location, write_stats};
+pub use writer::{ShardWriter, Written};

@@ -1,1 +1,38 @@
-//! x
+//! The pipeline between store, prep and engine, and the jobs built on it: score, demo, inspect, synth, bench.
+//!
+//! ```text
+//! shard -> read (async) -> prepare (own thread, rayon) -> engine (own thread) -> write (async) -> scored shard
+//! ```
+//!
+//! Every arrow is a bounded channel in [`pipeline`]; every bound stands in [`limits`]. Knows no gRPC and prints nothing:
+//! what a person sees is the caller's business. Invariants: one result for each input row, in input order; a bad row never
+//! costs another row; the output is there whole or not at all.
+#![forbid(unsafe_code)]
+
+mod batching;
+mod bench;
+mod demo;
+mod error;
+mod inspect;
+pub mod limits;
+mod model;
+mod pipeline;
+mod prepare;
+mod progress;
+mod ranking;
+mod score;
+mod synth;
+
+pub use batching::engine_options;
+pub use bench::{BenchOptions, BenchReport, bench};
+pub use capsieve_engine::{Heads, ItmToken};
+pub use capsieve_store::ColumnOptions;
+pub use demo::{DemoReport, DemoRow, NoiseReport, demo};
+pub use error::{Error, Result};
+pub use inspect::{CheckpointReport, Inspection, ShardReport, inspect};
+pub use model::{LoadedModel, ModelSource};
+pub use prepare::CaptionPolicy;
+pub use progress::Progress;
+pub use ranking::{precision_recall, roc_auc};
+pub use score::{Outcome, ScoreJob, Stats, Thresholds, score};
+pub use synth::{SynthSize, synth};

@@ -44,7 +44,9 @@ pub(super) fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, Im
 
 fn refused(error: DecodingError) -> ImageError {
     match error {
-        DecodingError::Io(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => ImageError::Truncated { format: FORMAT },
+        DecodingError::Io(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+            ImageError::Truncated { format: FORMAT }
+        }
         error => ImageError::damaged(FORMAT, error),
     }
 }

@@ -4,7 +4,7 @@
 //! the work here too, by way of mozjpeg, a fork with the same decoder. The pure Rust decoders follow other recipes: with
 //! zune-jpeg 15% of the samples of 4:2:0 files were off, typically by 1 to 4 levels and at image borders by up to 128.
 
-use super::samples::{cmyk_to_rgb, from_grey};
+use super::samples::{cmyk_to_rgb, from_grey, from_pixels};
 use super::{DecodeLimits, ImageError};
 use crate::RgbImage;
 use mozjpeg::{ColorSpace, Decompress};
@@ -32,7 +32,7 @@ pub(super) fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, Im
         // Every CMYK JPEG is taken as Adobe's, which stores 255 - ink.
         ColorSpace::JCS_CMYK => {
             let inks = samples.as_chunks::<4>().0.iter();
-            RgbImage { width, height, pixels: inks.flat_map(|inks| cmyk_to_rgb(inks.map(|v| 255 - v))).collect() }
+            from_pixels(width, height, inks.map(|inks| cmyk_to_rgb(inks.map(|v| 255 - v))))
         }
         _ => RgbImage { width, height, pixels: samples },
     })
@@ -55,7 +55,9 @@ fn is_complete(bytes: &[u8]) -> bool {
             0xD9 => return seen_scan,
             marker => {
                 seen_scan |= marker == 0xDA;
-                let Some(&[high, low]) = bytes.get(at + 1..).and_then(|rest| rest.first_chunk::<2>()) else { return false };
+                let Some(&[high, low]) = bytes.get(at + 1..).and_then(|rest| rest.first_chunk::<2>()) else {
+                    return false;
+                };
                 at += usize::from(u16::from_be_bytes([high, low]));
             }
         }

@@ -19,7 +19,8 @@ pub(super) fn decode_png(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage
 
 pub(super) fn decode_webp(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, ImageError> {
     // The container names its own length; the decoder would forgive a missing last byte.
-    let promised = bytes.get(4..).and_then(|rest| rest.first_chunk()).map_or(0, |&size| u32::from_le_bytes(size) as usize);
+    let promised =
+        bytes.get(4..).and_then(|rest| rest.first_chunk()).map_or(0, |&size| u32::from_le_bytes(size) as usize);
     if promised > bytes.len() - 8 {
         return Err(ImageError::Truncated { format: "WebP" });
     }
@@ -55,7 +56,12 @@ fn bmp_16_bit_channels(bytes: &[u8]) -> Option<[u8; 3]> {
     Some(if green_is_wide { [31, 63, 31] } else { [31; 3] })
 }
 
-fn read(format: &'static str, mut decoder: impl ImageDecoder, is_grey: bool, limits: &DecodeLimits) -> Result<RgbImage, ImageError> {
+fn read(
+    format: &'static str,
+    mut decoder: impl ImageDecoder,
+    is_grey: bool,
+    limits: &DecodeLimits,
+) -> Result<RgbImage, ImageError> {
     let (width, height) = decoder.dimensions();
     let (width, height) = limits.check(width, height)?;
     decoder.set_limits(allocation(limits)).map_err(|e| refused(format, e))?;
@@ -85,7 +91,9 @@ fn allocation(limits: &DecodeLimits) -> Limits {
 
 fn refused(format: &'static str, error: image::ImageError) -> ImageError {
     match error {
-        image::ImageError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => ImageError::Truncated { format },
+        image::ImageError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+            ImageError::Truncated { format }
+        }
         image::ImageError::Unsupported(e) => ImageError::unsupported(format, e),
         error => ImageError::damaged(format, error),
     }

@@ -4,26 +4,33 @@ use crate::RgbImage;
 
 /// Grey to three equal channels.
 pub(super) fn from_grey(width: usize, height: usize, grey: impl Iterator<Item = u8>) -> RgbImage {
-    RgbImage { width, height, pixels: grey.flat_map(|value| [value; 3]).collect() }
+    from_pixels(width, height, grey.map(|value| [value; 3]))
+}
+
+pub(super) fn from_pixels(width: usize, height: usize, pixels: impl Iterator<Item = [u8; 3]>) -> RgbImage {
+    RgbImage { width, height, pixels: pixels.collect::<Vec<_>>().into_flattened() }
 }
 
 /// The first three of every `channels` samples: drops alpha and other extra samples without looking at them.
 pub(super) fn drop_extra(width: usize, height: usize, samples: &[u8], channels: usize) -> RgbImage {
-    let pixels = match channels {
-        3 => samples.to_vec(),
-        4 => samples.as_chunks::<4>().0.iter().flat_map(|&[r, g, b, _]| [r, g, b]).collect(),
-        _ => samples.chunks_exact(channels).flat_map(|pixel| [pixel[0], pixel[1], pixel[2]]).collect(),
-    };
-    RgbImage { width, height, pixels }
+    match samples.as_chunks::<4>().0 {
+        quads if channels == 4 => from_pixels(width, height, quads.iter().map(|&[r, g, b, _]| [r, g, b])),
+        _ => from_pixels(width, height, samples.chunks_exact(channels).map(|pixel| [pixel[0], pixel[1], pixel[2]])),
+    }
 }
 
 /// Looks colours up. An index behind the palette is black.
-pub(super) fn from_palette(width: usize, height: usize, indices: &[u8], palette: impl Iterator<Item = [u8; 3]>) -> RgbImage {
+pub(super) fn from_palette(
+    width: usize,
+    height: usize,
+    indices: &[u8],
+    palette: impl Iterator<Item = [u8; 3]>,
+) -> RgbImage {
     let mut table = [[0; 3]; 256];
     for (entry, colour) in table.iter_mut().zip(palette) {
         *entry = colour;
     }
-    RgbImage { width, height, pixels: indices.iter().flat_map(|&index| table[usize::from(index)]).collect() }
+    from_pixels(width, height, indices.iter().map(|&index| table[usize::from(index)]))
 }
 
 /// The fewer than 8 bits of one channel stretched to 0..=255, truncated.

@@ -1,6 +1,8 @@
 //! TIFF. Rare in caption data, but Pillow's table of kinds is long, so this file is too.
 
-use super::samples::{clip, cmyk_to_rgb, drop_extra, from_grey, from_palette, high_byte, stretch, unpremultiply};
+use super::samples::{
+    clip, cmyk_to_rgb, drop_extra, from_grey, from_palette, from_pixels, high_byte, stretch, unpremultiply,
+};
 use super::{DecodeLimits, ImageError};
 use crate::RgbImage;
 use std::borrow::Cow;
@@ -115,10 +117,10 @@ fn to_rgb(
     let quads = || bytes.as_chunks::<4>().0.iter();
     filled(match color {
         ColorType::RGBA(_) if tags.premultiplied => {
-            RgbImage { width, height, pixels: quads().flat_map(|&pixel| unpremultiply(pixel)).collect() }
+            from_pixels(width, height, quads().map(|&pixel| unpremultiply(pixel)))
         }
         ColorType::RGB(_) | ColorType::RGBA(_) => drop_extra(width, height, &bytes, channels),
-        ColorType::CMYK(_) => RgbImage { width, height, pixels: quads().flat_map(|&pixel| cmyk_to_rgb(pixel)).collect() },
+        ColorType::CMYK(_) => from_pixels(width, height, quads().map(|&pixel| cmyk_to_rgb(pixel))),
         ColorType::Multiband { bit_depth: 8, num_samples: 2 } if !tags.is_jpeg => {
             from_grey(width, height, bytes.iter().step_by(2).copied())
         }
@@ -139,12 +141,16 @@ fn wide_grey(width: usize, height: usize, samples: DecodingResult, tags: &Tags) 
     let invert = tags.white_is_zero;
     Ok(match samples {
         DecodingResult::I8(v) => from_grey(width, height, v.into_iter().map(|v| v as u8)),
-        DecodingResult::U16(v) => from_grey(width, height, v.into_iter().map(|v| clip(if invert { !v } else { v }.into()))),
+        DecodingResult::U16(v) => {
+            from_grey(width, height, v.into_iter().map(|v| clip(if invert { !v } else { v }.into())))
+        }
         DecodingResult::I16(v) => from_grey(width, height, v.into_iter().map(|v| clip(v.into()))),
         // Pillow's 32-bit integers are signed: what does not fit is negative.
         DecodingResult::U32(v) => from_grey(width, height, v.into_iter().map(|v| clip((v as i32).into()))),
         DecodingResult::I32(v) => from_grey(width, height, v.into_iter().map(|v| clip(v.into()))),
-        DecodingResult::F32(v) => from_grey(width, height, v.into_iter().map(|v| if invert { 1.0 - v } else { v } as u8)),
+        DecodingResult::F32(v) => {
+            from_grey(width, height, v.into_iter().map(|v| if invert { 1.0 - v } else { v } as u8))
+        }
         _ => return Err(unsupported("its sample type")),
     })
 }
@@ -202,7 +208,9 @@ fn unsupported(what: &'static str) -> ImageError {
 
 fn refused(error: TiffError) -> ImageError {
     match error {
-        TiffError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => ImageError::Truncated { format: FORMAT },
+        TiffError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+            ImageError::Truncated { format: FORMAT }
+        }
         TiffError::UnsupportedError(e) => ImageError::unsupported(FORMAT, TiffError::UnsupportedError(e)),
         error => ImageError::damaged(FORMAT, error),
     }

@@ -1,0 +1,327 @@
+//! The options of every command. Each also reads the environment variable `CAPSIEVE_<OPTION>`.
+
+use std::path::PathBuf;
+
+use capsieve_worker::{Heads, ItmToken, SynthSize};
+use clap::builder::FalseyValueParser;
+use clap::{ArgAction, Args as Group, Parser, Subcommand, ValueEnum};
+
+/// Scores image-caption pairs with BLIP's image-text matching model, so that noisy captions can be thrown out.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true, max_term_width = 110)]
+#[command(after_help = "Exit status: 0 done, 1 failed, 2 wrong usage, 3 done but some rows have no score.\n\
+                        Every option also reads an environment variable CAPSIEVE_<OPTION>.")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct LogArgs {
+    /// How log lines on standard error look
+    #[arg(long, global = true, env = "CAPSIEVE_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
+    pub(crate) log_format: LogFormat,
+    /// More log lines; twice: even more
+    #[arg(short, long, global = true, env = "CAPSIEVE_VERBOSE", action = ArgAction::Count)]
+    pub(crate) verbose: u8,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Scores the bundled shard with the bundled small model and shows how well the noise was found
+    Demo(DemoArgs),
+    /// Scores a Parquet shard: the same rows with their scores come out
+    Score(Box<ScoreArgs>),
+    /// Shows what a checkpoint or a shard is, and what of it would be scored
+    Inspect(InspectArgs),
+    /// Writes a seeded random checkpoint in Hugging Face's layout, for benchmarks
+    Synth(SynthArgs),
+    /// Measures pairs/s of the engine alone and of the whole pipeline
+    Bench(BenchArgs),
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct EngineArgs {
+    /// What computes: auto, cpu, cuda or cuda:N[,N...]
+    #[arg(long, env = "CAPSIEVE_DEVICE", default_value = "auto", value_parser = device)]
+    pub(crate) device: Device,
+    /// Arithmetic of the products; the CPU has f32
+    #[arg(long, env = "CAPSIEVE_PRECISION", default_value = "f32")]
+    pub(crate) precision: Precision,
+    /// Images that go through the engine at a time: a number, or auto
+    #[arg(long, env = "CAPSIEVE_BATCH_SIZE", value_name = "N|auto", default_value = "auto", value_parser = batch_size)]
+    pub(crate) batch_size: BatchSize,
+    /// Threads of the engine and of the preparation; 0: one per core
+    #[arg(long, env = "CAPSIEVE_THREADS", value_name = "N", default_value_t = 0, value_parser = threads)]
+    pub(crate) threads: usize,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct ColumnArgs {
+    /// Column of the images, if it is not to be found by name
+    #[arg(long, env = "CAPSIEVE_IMAGE_COLUMN", value_name = "NAME")]
+    pub(crate) image_column: Option<String>,
+    /// Column of the captions, if it is not to be found by name
+    #[arg(long, env = "CAPSIEVE_CAPTION_COLUMN", value_name = "NAME")]
+    pub(crate) caption_column: Option<String>,
+    /// Column of the keys, if it is not to be found by name
+    #[arg(long, env = "CAPSIEVE_KEY_COLUMN", value_name = "NAME")]
+    pub(crate) key_column: Option<String>,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct DemoArgs {
+    /// Folder for the scored shard, made if need be
+    #[arg(long, env = "CAPSIEVE_OUT", value_name = "DIR", default_value = "capsieve-demo")]
+    pub(crate) out: PathBuf,
+    /// Threads of the engine and of the preparation; 0: one per core
+    #[arg(long, env = "CAPSIEVE_THREADS", value_name = "N", default_value_t = 0, value_parser = threads)]
+    pub(crate) threads: usize,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct ScoreArgs {
+    /// A checkpoint folder, a hub id, or synthetic:tiny|base|large[:SEED]
+    #[arg(long, env = "CAPSIEVE_MODEL")]
+    pub(crate) model: String,
+    /// The shard to score: a path or file:// URI of a Parquet file
+    #[arg(long, env = "CAPSIEVE_INPUT", value_name = "URI", required = true, num_args = 1..)]
+    pub(crate) input: Vec<String>,
+    /// Where the scored shard goes
+    #[arg(long, env = "CAPSIEVE_OUTPUT", value_name = "URI")]
+    pub(crate) output: String,
+    #[command(flatten)]
+    pub(crate) columns: ColumnArgs,
+    /// Scores to compute
+    #[arg(long, env = "CAPSIEVE_HEADS", value_delimiter = ',', default_value = "itm,cosine")]
+    pub(crate) heads: Vec<Head>,
+    /// Least itm_score of a row to keep, 0 to 1; adds the column keep
+    #[arg(long, env = "CAPSIEVE_MIN_ITM", value_name = "X", value_parser = probability)]
+    pub(crate) min_itm: Option<f32>,
+    /// Least cosine_score of a row to keep, -1 to 1; adds the column keep
+    #[arg(long, env = "CAPSIEVE_MIN_COSINE", value_name = "X", value_parser = cosine, allow_negative_numbers = true)]
+    pub(crate) min_cosine: Option<f32>,
+    /// Leaves the image column out of the output
+    #[arg(long, env = "CAPSIEVE_DROP_IMAGES", value_parser = FalseyValueParser::new(), action = ArgAction::SetTrue)]
+    pub(crate) drop_images: bool,
+    /// What a row without a score does: its scores are null, or the job fails
+    #[arg(long, env = "CAPSIEVE_ON_ERROR", value_name = "ACTION", default_value = "null")]
+    pub(crate) on_error: OnError,
+    /// First token of the matching head: cls as transformers, enc as the published weights were trained
+    #[arg(long, env = "CAPSIEVE_ITM_TOKEN", value_name = "TOKEN", default_value = "cls")]
+    pub(crate) itm_token: Token,
+    /// Replaces an output that is there
+    #[arg(long, env = "CAPSIEVE_OVERWRITE", value_parser = FalseyValueParser::new(), action = ArgAction::SetTrue)]
+    pub(crate) overwrite: bool,
+    /// Cuts longer captions to N tokens, the first and last marker included, instead of refusing them
+    #[arg(long, env = "CAPSIEVE_MAX_CAPTION_TOKENS", value_name = "N", value_parser = caption_tokens)]
+    pub(crate) max_caption_tokens: Option<usize>,
+    /// Images with more pixels are refused before they are decoded
+    #[arg(long, env = "CAPSIEVE_MAX_IMAGE_PIXELS", value_name = "N", value_parser = pixels,
+          default_value_t = capsieve_worker::limits::IMAGE_PIXELS_MAX)]
+    pub(crate) max_image_pixels: u64,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct InspectArgs {
+    /// A Parquet shard, a checkpoint folder or file, a hub id, or synthetic:tiny|base|large[:SEED]
+    #[arg(value_name = "URI_OR_DIR", env = "CAPSIEVE_TARGET")]
+    pub(crate) target: String,
+    #[command(flatten)]
+    pub(crate) columns: ColumnArgs,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct SynthArgs {
+    /// Shape of the model
+    #[arg(long, env = "CAPSIEVE_SIZE")]
+    pub(crate) size: Size,
+    /// Seed of the weights
+    #[arg(long, env = "CAPSIEVE_SEED", value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Folder for the checkpoint, made if need be
+    #[arg(long, env = "CAPSIEVE_OUT", value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Writes into a folder that holds something
+    #[arg(long, env = "CAPSIEVE_OVERWRITE", value_parser = FalseyValueParser::new(), action = ArgAction::SetTrue)]
+    pub(crate) overwrite: bool,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct BenchArgs {
+    /// A checkpoint folder, a hub id, or synthetic:tiny|base|large[:SEED]
+    #[arg(long, env = "CAPSIEVE_MODEL", default_value = "synthetic:base")]
+    pub(crate) model: String,
+    /// Captions of each image
+    #[arg(long, env = "CAPSIEVE_CAPTIONS_PER_IMAGE", value_name = "N", default_value_t = 1, value_parser = captions)]
+    pub(crate) captions_per_image: usize,
+    /// Seconds to measure the engine for, and about as long the pipeline
+    #[arg(long, env = "CAPSIEVE_SECONDS", value_name = "S", default_value_t = 10.0, value_parser = seconds)]
+    pub(crate) seconds: f64,
+    /// Scores to compute
+    #[arg(long, env = "CAPSIEVE_HEADS", value_delimiter = ',', default_value = "itm,cosine")]
+    pub(crate) heads: Vec<Head>,
+    /// Prints JSON instead of a table
+    #[arg(long, env = "CAPSIEVE_JSON", value_parser = FalseyValueParser::new(), action = ArgAction::SetTrue)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Head {
+    Itm,
+    Cosine,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OnError {
+    Null,
+    Fail,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Token {
+    Cls,
+    Enc,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Size {
+    Tiny,
+    Base,
+    Large,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Precision {
+    F32,
+    Bf16,
+    F16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Device {
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+/// Images of a batch; 0: the worker chooses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BatchSize(pub(crate) usize);
+
+/// The heads of a list.
+pub(crate) fn heads(list: &[Head]) -> Heads {
+    Heads { itm: list.contains(&Head::Itm), cosine: list.contains(&Head::Cosine) }
+}
+
+impl From<Token> for ItmToken {
+    fn from(token: Token) -> Self {
+        match token {
+            Token::Cls => Self::Cls,
+            Token::Enc => Self::Enc,
+        }
+    }
+}
+
+impl From<Size> for SynthSize {
+    fn from(size: Size) -> Self {
+        match size {
+            Size::Tiny => Self::Tiny,
+            Size::Base => Self::Base,
+            Size::Large => Self::Large,
+        }
+    }
+}
+
+fn device(text: &str) -> Result<Device, String> {
+    let numbers = |list: &str| list.split(',').all(|number| number.parse::<u16>().is_ok());
+    match text {
+        "auto" => Ok(Device::Auto),
+        "cpu" => Ok(Device::Cpu),
+        "cuda" => Ok(Device::Cuda),
+        other if other.strip_prefix("cuda:").is_some_and(numbers) => Ok(Device::Cuda),
+        _ => Err("expected auto, cpu, cuda or cuda:N[,N...]".to_owned()),
+    }
+}
+
+fn batch_size(text: &str) -> Result<BatchSize, String> {
+    if text == "auto" {
+        return Ok(BatchSize(0));
+    }
+    number(text, 1, 4096).map(BatchSize).map_err(|reason| format!("{reason}, or auto"))
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    number(text, 0, 1024)
+}
+
+fn captions(text: &str) -> Result<usize, String> {
+    number(text, 1, 1000)
+}
+
+/// [CLS] and [SEP] always stay.
+fn caption_tokens(text: &str) -> Result<usize, String> {
+    number(text, 2, 1 << 20)
+}
+
+fn number(text: &str, least: usize, most: usize) -> Result<usize, String> {
+    let number = text.parse().ok().filter(|number| (least..=most).contains(number));
+    number.ok_or_else(|| format!("expected a whole number from {least} to {most}"))
+}
+
+fn pixels(text: &str) -> Result<u64, String> {
+    let number = text.parse().ok().filter(|number| *number > 0);
+    number.ok_or_else(|| "expected a whole number of pixels, at least 1".to_owned())
+}
+
+fn probability(text: &str) -> Result<f32, String> {
+    within(text, 0.0, 1.0)
+}
+
+fn cosine(text: &str) -> Result<f32, String> {
+    within(text, -1.0, 1.0)
+}
+
+fn within(text: &str, least: f32, most: f32) -> Result<f32, String> {
+    let number = text.parse().ok().filter(|number| (least..=most).contains(number));
+    number.ok_or_else(|| format!("expected a number from {least} to {most}"))
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number| (0.0..=3600.0).contains(number));
+    number.ok_or_else(|| "expected seconds from 0 to 3600".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_options_are_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn every_option_reads_its_variable() {
+        for command in Args::command().get_subcommands() {
+            for option in command.get_arguments().filter_map(|option| option.get_long().map(|name| (name, option))) {
+                let expected = format!("CAPSIEVE_{}", option.0.to_uppercase().replace('-', "_"));
+                let found = option.1.get_env().and_then(|name| name.to_str());
+                assert_eq!(found, Some(expected.as_str()), "--{} of {}", option.0, command.get_name());
+            }
+        }
+    }
+}

@@ -1,0 +1,32 @@
+//! Log lines and the one line of an error, on standard error.
+
+use std::io::Write;
+
+use tracing_subscriber::EnvFilter;
+
+use crate::args::{LogArgs, LogFormat};
+
+/// Begins logging: our information and everyone's warnings, more with -v, or what RUST_LOG says.
+pub(crate) fn init(args: &LogArgs) {
+    let default = match args.verbose {
+        0 => "warn,capsieve=info,capsieve_worker=info",
+        1 => "info,capsieve=debug,capsieve_worker=debug,capsieve_store=debug,capsieve_engine=debug",
+        _ => "debug,capsieve=trace,capsieve_worker=trace,capsieve_store=trace,capsieve_engine=trace",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match args.log_format {
+        LogFormat::Text => lines.with_target(args.verbose > 0).init(),
+        LogFormat::Json => lines.json().init(),
+    }
+}
+
+/// An error with its causes, in one line.
+pub(crate) fn error(error: &anyhow::Error, format: LogFormat) {
+    let line = format!("{error:#}").replace(['\n', '\r'], " ");
+    match format {
+        // Nothing is left to do when standard error is closed.
+        LogFormat::Text => drop(writeln!(std::io::stderr(), "error: {line}")),
+        LogFormat::Json => tracing::error!("{line}"),
+    }
+}

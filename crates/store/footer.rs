@@ -1,0 +1,164 @@
+//! A shard's footer: schema, row groups, metadata. Tells apart what is not Parquet, what is cut off, and what is damaged.
+//! Reads no pages.
+
+use std::sync::Arc;
+
+use arrow::datatypes::SchemaRef;
+use parquet::DecodeResult;
+use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
+use parquet::errors::ParquetError;
+use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataPushDecoder};
+
+use crate::{Error, Location, ObjectInfo, Result};
+
+/// Read from the end at once: the footer of most shards, so that opening one costs one request.
+const TAIL_BYTES: u64 = 64 << 10;
+const MAGIC: &[u8] = b"PAR1";
+const MAGIC_ENCRYPTED: &[u8] = b"PARE";
+/// Magic, footer length, magic: no Parquet file is shorter.
+const FILE_BYTES_MIN: u64 = 12;
+
+/// What a shard is, before any of its rows is read.
+#[derive(Clone, Debug)]
+pub struct Footer {
+    pub(crate) location: Location,
+    pub(crate) info: ObjectInfo,
+    pub(crate) metadata: ArrowReaderMetadata,
+}
+
+impl Footer {
+    /// Reads the footer of `location`.
+    ///
+    /// # Errors
+    /// When the object cannot be read or is not a Parquet file we understand.
+    pub async fn read(location: &Location) -> Result<Self> {
+        let info = location.head().await?;
+        let metadata = read_metadata(location, &info).await?;
+        let metadata = contained(location, move || {
+            check_ranges(&metadata)?;
+            arrow_metadata(Arc::new(metadata))
+        });
+        Ok(Self { location: location.clone(), info, metadata: metadata.await? })
+    }
+
+    /// The Arrow schema, with the file's key-value metadata.
+    pub fn schema(&self) -> &SchemaRef {
+        self.metadata.schema()
+    }
+
+    /// Rows, as the footer says.
+    pub fn rows(&self) -> u64 {
+        u64::try_from(self.metadata.metadata().file_metadata().num_rows()).unwrap_or_default()
+    }
+
+    /// Row groups.
+    pub fn row_groups(&self) -> usize {
+        self.metadata.metadata().num_row_groups()
+    }
+
+    /// Size, entity tag and time of the object.
+    pub fn object_info(&self) -> &ObjectInfo {
+        &self.info
+    }
+
+    /// The program that wrote the file, as it calls itself.
+    pub fn created_by(&self) -> Option<&str> {
+        self.metadata.metadata().file_metadata().created_by()
+    }
+
+    /// Rows a batch may have so that an average one of any row group stays within `bytes_max`.
+    pub(crate) fn batch_rows(&self, rows_max: usize, bytes_max: u64) -> usize {
+        let rows = |group: &parquet::file::metadata::RowGroupMetaData| {
+            let bytes = u64::try_from(group.total_byte_size()).unwrap_or_default();
+            let rows = u64::try_from(group.num_rows()).unwrap_or_default();
+            let row_bytes = bytes.checked_div(rows).unwrap_or_default().max(1);
+            usize::try_from(bytes_max / row_bytes).unwrap_or(usize::MAX)
+        };
+        let fitting = self.metadata.metadata().row_groups().iter().map(rows).min().unwrap_or(usize::MAX);
+        fitting.min(rows_max).max(1)
+    }
+}
+
+async fn read_metadata(location: &Location, info: &ObjectInfo) -> Result<ParquetMetaData> {
+    if info.size < FILE_BYTES_MIN {
+        return Err(Error::NotParquet { uri: location.uri().to_owned() });
+    }
+    let mut range = info.size.saturating_sub(TAIL_BYTES)..info.size;
+    let mut bytes = location.get_range(range.clone(), info.e_tag.as_deref()).await?;
+    if !bytes.ends_with(MAGIC) {
+        return Err(no_footer(location, info, &bytes).await);
+    }
+    let corrupt = |source| Error::Corrupt { uri: location.uri().to_owned(), source };
+    let decoder = ParquetMetaDataPushDecoder::try_new(info.size).map_err(corrupt)?;
+    let mut decoder = decoder.with_page_index_policy(PageIndexPolicy::Skip);
+    // The tail, then at most the rest of a long footer; the bound only guards against a decoder that never has enough.
+    for _ in 0..4 {
+        let step = contained(location, move || {
+            decoder.push_range(range, bytes)?;
+            decoder.try_decode().map(|step| (decoder, step))
+        });
+        let (next, step) = step.await?;
+        decoder = next;
+        range = match step {
+            DecodeResult::Data(metadata) => return Ok(metadata),
+            DecodeResult::NeedsData(ranges) if ranges.len() == 1 && ranges[0].end <= info.size => ranges[0].clone(),
+            _ => break,
+        };
+        bytes = location.get_range(range.clone(), info.e_tag.as_deref()).await?;
+    }
+    Err(corrupt(ParquetError::EOF("the footer does not end".to_owned())))
+}
+
+async fn no_footer(location: &Location, info: &ObjectInfo, tail: &[u8]) -> Error {
+    let uri = location.uri().to_owned();
+    if tail.ends_with(MAGIC_ENCRYPTED) {
+        return Error::Encrypted { uri };
+    }
+    match location.get_range(0..MAGIC.len() as u64, info.e_tag.as_deref()).await {
+        Ok(head) if head == MAGIC => Error::Cut { uri },
+        Ok(head) if head == MAGIC_ENCRYPTED => Error::Encrypted { uri },
+        Ok(_) => Error::NotParquet { uri },
+        Err(error) => error,
+    }
+}
+
+/// The library asserts on some of these later, or trusts them when it allocates.
+fn check_ranges(metadata: &ParquetMetaData) -> Result<(), ParquetError> {
+    let mut rows = 0i64;
+    for group in metadata.row_groups() {
+        let columns = group.columns();
+        let negative = |column: &parquet::file::metadata::ColumnChunkMetaData| {
+            let offset = column.dictionary_page_offset().unwrap_or_default().min(column.data_page_offset());
+            offset < 0 || column.compressed_size() < 0 || column.num_values() < 0
+        };
+        if group.num_rows() < 0 || columns.iter().any(negative) {
+            return Err(ParquetError::General("a row group has a negative size".to_owned()));
+        }
+        rows = rows.saturating_add(group.num_rows());
+    }
+    if rows != metadata.file_metadata().num_rows() {
+        return Err(ParquetError::General("the row groups do not add up to the rows of the file".to_owned()));
+    }
+    Ok(())
+}
+
+/// Reads with the Arrow types the file was written from; where that note is not understood, with Parquet's own.
+fn arrow_metadata(metadata: Arc<ParquetMetaData>) -> Result<ArrowReaderMetadata, ParquetError> {
+    let options = || ArrowReaderOptions::new().with_page_index_policy(PageIndexPolicy::Skip);
+    ArrowReaderMetadata::try_new(Arc::clone(&metadata), options())
+        .or_else(|_| ArrowReaderMetadata::try_new(metadata, options().with_skip_arrow_metadata(true)))
+}
+
+/// Runs Parquet code on a blocking thread. It computes, and on bytes that contradict each other the library may panic
+/// (its maintainers count that as an ordinary bug); the thread's end contains the panic, and the job gets an error.
+pub(crate) async fn contained<T: Send + 'static>(
+    location: &Location,
+    work: impl FnOnce() -> Result<T, ParquetError> + Send + 'static,
+) -> Result<T> {
+    let uri = || location.uri().to_owned();
+    match tokio::task::spawn_blocking(work).await {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(source)) => Err(Error::Corrupt { uri: uri(), source }),
+        Err(source) => Err(Error::Malformed { uri: uri(), source }),
+    }
+}

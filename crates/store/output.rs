@@ -1,0 +1,241 @@
+//! What an output shard holds: the input's columns, then the scores. Decides the schema and builds the score columns.
+//!
+//! ```text
+//! input columns, as they were    itm_score  cosine_score  [best_caption]  [keep]  score_status  score_error
+//! ```
+//!
+//! A head that is off has no column. Where the caption is a list, the scores are lists of the same length and
+//! `best_caption` is the position of the best one by `itm_score` (by `cosine_score` where that is the only head). `keep`
+//! is true where at least one caption passes every threshold that is set, so a row without a score is never kept.
+//!
+//! Scores of an earlier run are replaced: every column of ours where the input is an output of ours, else only columns
+//! of the names that are written now.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use arrow::array::{
+    ArrayRef, BooleanArray, Float32Array, Float32Builder, Int32Array, ListBuilder, RecordBatch, StringArray,
+};
+use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
+use arrow::error::ArrowError;
+
+use crate::{CaptionKind, Columns, Error, Result, features};
+
+const ITM_SCORE: &str = "itm_score";
+const COSINE_SCORE: &str = "cosine_score";
+const BEST_CAPTION: &str = "best_caption";
+const KEEP: &str = "keep";
+const SCORE_STATUS: &str = "score_status";
+const SCORE_ERROR: &str = "score_error";
+/// Every column an output of ours can have.
+const OURS: [&str; 6] = [ITM_SCORE, COSINE_SCORE, BEST_CAPTION, KEEP, SCORE_STATUS, SCORE_ERROR];
+/// Begins the keys of our file metadata.
+const METADATA_PREFIX: &str = "capsieve.";
+/// Arrow's own note of its schema, written anew by the Parquet library.
+const ARROW_SCHEMA_KEY: &str = "ARROW:schema";
+const HUGGINGFACE_KEY: &str = "huggingface";
+
+/// Which scores there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OutputHeads {
+    /// `itm_score`.
+    pub itm: bool,
+    /// `cosine_score`.
+    pub cosine: bool,
+}
+
+/// What the output holds besides the input's columns.
+#[derive(Clone, Debug)]
+pub struct OutputOptions {
+    /// Which scores there are.
+    pub heads: OutputHeads,
+    /// Leaves the image column out.
+    pub drop_images: bool,
+    /// The least `itm_score` to keep a row.
+    pub min_itm: Option<f32>,
+    /// The least `cosine_score` to keep a row.
+    pub min_cosine: Option<f32>,
+    /// File metadata: `capsieve.model` and so on.
+    pub metadata: Vec<(String, String)>,
+    /// Replaces an output that is there; otherwise that is an error.
+    pub overwrite: bool,
+}
+
+/// The scores of one caption; none where the head is off or the caption is null.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct CaptionScore {
+    /// The probability that the caption describes the image.
+    pub itm: Option<f32>,
+    /// The cosine of the two feature vectors.
+    pub cosine: Option<f32>,
+}
+
+/// What became of one row.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RowScore {
+    /// "ok" or a stable reason.
+    pub status: &'static str,
+    /// Why there is no score, in one line.
+    pub error: Option<String>,
+    /// One for each caption of the row, so at most one where the caption is no list; empty when the row failed.
+    pub scores: Vec<CaptionScore>,
+}
+
+/// The layout of one output shard.
+pub(crate) struct Layout {
+    schema: SchemaRef,
+    /// Input columns that are carried over.
+    carried: Vec<usize>,
+    lists: bool,
+    options: OutputOptions,
+}
+
+impl Layout {
+    pub(crate) fn new(input: &Schema, columns: &Columns, options: &OutputOptions) -> Result<Self> {
+        columns.check(input)?;
+        check_thresholds(options)?;
+        let lists = columns.caption_kind == CaptionKind::List;
+        let scores = score_fields(options, lists);
+        let rescored = input.metadata().keys().any(|key| key.starts_with(METADATA_PREFIX));
+        let replaced = |name: &String| {
+            scores.iter().any(|field| field.name() == name) || (rescored && OURS.contains(&name.as_str()))
+        };
+        let dropped = |index: usize| options.drop_images && index == columns.image;
+        let carried: Vec<usize> = (0..input.fields().len())
+            .filter(|index| !dropped(*index) && !replaced(input.field(*index).name()))
+            .collect();
+        let fields: Vec<FieldRef> =
+            carried.iter().map(|index| Arc::clone(&input.fields()[*index])).chain(scores.iter().cloned()).collect();
+        let metadata = metadata(input, &fields, &scores, options);
+        let schema = Arc::new(Schema::new_with_metadata(fields, metadata));
+        Ok(Self { schema, carried, lists, options: options.clone() })
+    }
+
+    pub(crate) fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    /// The output rows, and how many of them are kept.
+    pub(crate) fn build(&self, input: &RecordBatch, rows: &[RowScore]) -> Result<(RecordBatch, u64), ArrowError> {
+        assert_eq!(input.num_rows(), rows.len(), "one score for each row");
+        let mut arrays: Vec<ArrayRef> = self.carried.iter().map(|index| Arc::clone(input.column(*index))).collect();
+        let keep: Vec<bool> = rows.iter().map(|row| self.keeps(row)).collect();
+        let heads = self.options.heads;
+        if heads.itm {
+            arrays.push(self.scores(rows, |score| score.itm));
+        }
+        if heads.cosine {
+            arrays.push(self.scores(rows, |score| score.cosine));
+        }
+        if self.lists {
+            arrays.push(Arc::new(rows.iter().map(|row| best_caption(row, heads)).collect::<Int32Array>()));
+        }
+        if has_thresholds(&self.options) {
+            arrays.push(Arc::new(BooleanArray::from(keep.clone())));
+        }
+        arrays.push(Arc::new(rows.iter().map(|row| Some(row.status)).collect::<StringArray>()));
+        arrays.push(Arc::new(rows.iter().map(|row| row.error.as_deref()).collect::<StringArray>()));
+        let batch = RecordBatch::try_new(Arc::clone(&self.schema), arrays)?;
+        Ok((batch, keep.iter().filter(|keep| **keep).count() as u64))
+    }
+
+    /// Without a threshold every row with a score counts as kept.
+    fn keeps(&self, row: &RowScore) -> bool {
+        let passes = |score: Option<f32>, least: Option<f32>| {
+            least.is_none_or(|least| score.is_some_and(|score| score >= least))
+        };
+        row.scores.iter().any(|score| {
+            let scored = score.itm.or(score.cosine).is_some();
+            scored && passes(score.itm, self.options.min_itm) && passes(score.cosine, self.options.min_cosine)
+        })
+    }
+
+    fn scores(&self, rows: &[RowScore], head: fn(&CaptionScore) -> Option<f32>) -> ArrayRef {
+        if !self.lists {
+            let single = |row: &RowScore| {
+                assert!(row.scores.len() <= 1, "the caption is no list, so a row has one score");
+                row.scores.first().and_then(head)
+            };
+            return Arc::new(rows.iter().map(single).collect::<Float32Array>());
+        }
+        let mut lists = ListBuilder::new(Float32Builder::new()).with_field(element());
+        for row in rows {
+            row.scores.iter().for_each(|score| lists.values().append_option(head(score)));
+            lists.append(!row.scores.is_empty());
+        }
+        Arc::new(lists.finish())
+    }
+}
+
+fn check_thresholds(options: &OutputOptions) -> Result<()> {
+    if options.min_itm.is_some() && !options.heads.itm {
+        return Err(Error::ThresholdWithoutHead { head: "itm" });
+    }
+    if options.min_cosine.is_some() && !options.heads.cosine {
+        return Err(Error::ThresholdWithoutHead { head: "cosine" });
+    }
+    Ok(())
+}
+
+fn has_thresholds(options: &OutputOptions) -> bool {
+    options.min_itm.is_some() || options.min_cosine.is_some()
+}
+
+/// Named as the Parquet specification asks, so that other readers see a list of the same name.
+fn element() -> Field {
+    Field::new("element", DataType::Float32, true)
+}
+
+fn score_fields(options: &OutputOptions, lists: bool) -> Vec<FieldRef> {
+    let score = if lists { DataType::List(Arc::new(element())) } else { DataType::Float32 };
+    let mut fields = Vec::new();
+    if options.heads.itm {
+        fields.push(Field::new(ITM_SCORE, score.clone(), true));
+    }
+    if options.heads.cosine {
+        fields.push(Field::new(COSINE_SCORE, score, true));
+    }
+    if lists {
+        fields.push(Field::new(BEST_CAPTION, DataType::Int32, true));
+    }
+    if has_thresholds(options) {
+        fields.push(Field::new(KEEP, DataType::Boolean, false));
+    }
+    fields.push(Field::new(SCORE_STATUS, DataType::Utf8, false));
+    fields.push(Field::new(SCORE_ERROR, DataType::Utf8, true));
+    fields.into_iter().map(Arc::new).collect()
+}
+
+/// The first of the best captions.
+fn best_caption(row: &RowScore, heads: OutputHeads) -> Option<i32> {
+    let mut best: Option<(usize, f32)> = None;
+    for (index, score) in row.scores.iter().enumerate() {
+        let score = if heads.itm { score.itm } else { score.cosine };
+        if let Some(score) = score.filter(|score| !score.is_nan())
+            && best.is_none_or(|(_, least)| score > least)
+        {
+            best = Some((index, score));
+        }
+    }
+    best.and_then(|(index, _)| i32::try_from(index).ok())
+}
+
+/// The input's key-value metadata, less what a Parquet writer or an earlier run of ours put there, and ours.
+fn metadata(
+    input: &Schema,
+    fields: &[FieldRef],
+    scores: &[FieldRef],
+    options: &OutputOptions,
+) -> HashMap<String, String> {
+    let foreign = |key: &String| key != ARROW_SCHEMA_KEY && !key.starts_with(METADATA_PREFIX);
+    let mut metadata: HashMap<String, String> =
+        input.metadata().iter().filter(|(key, _)| foreign(key)).map(|(k, v)| (k.clone(), v.clone())).collect();
+    if let Some(text) = metadata.get_mut(HUGGINGFACE_KEY)
+        && let Some(updated) = features::update(text, fields, scores)
+    {
+        *text = updated;
+    }
+    metadata.extend(options.metadata.iter().cloned());
+    metadata
+}

@@ -1,0 +1,160 @@
+//! Streams the rows of a shard, one row group in memory at a time. All columns are read, in the types they were written
+//! from, because the output carries them on unchanged.
+
+use std::ops::Range;
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+use bytes::Bytes;
+use futures::Stream;
+use object_store::{OBJECT_STORE_COALESCE_DEFAULT, coalesce_ranges};
+use parquet::DecodeResult;
+use parquet::arrow::push_decoder::{ParquetPushDecoder, ParquetPushDecoderBuilder};
+use parquet::errors::ParquetError;
+
+use crate::footer::contained;
+use crate::{ColumnOptions, Columns, Error, Footer, Location, ObjectInfo, Result};
+
+/// Decoded bytes of an average batch at most, whatever number of rows the caller asks for.
+const BATCH_BYTES_MAX: u64 = 64 << 20;
+
+/// An opened shard whose columns are known.
+#[derive(Clone, Debug)]
+pub struct ShardReader {
+    footer: Footer,
+    columns: Columns,
+}
+
+impl ShardReader {
+    /// Opens a shard and finds its columns.
+    ///
+    /// # Errors
+    /// When the object cannot be read, is not Parquet, or has no usable image or caption column.
+    pub async fn open(location: &Location, options: &ColumnOptions) -> Result<Self> {
+        Self::new(Footer::read(location).await?, options)
+    }
+
+    /// Finds the columns of a shard whose footer is read already.
+    ///
+    /// # Errors
+    /// When there is no usable image or caption column.
+    pub fn new(footer: Footer, options: &ColumnOptions) -> Result<Self> {
+        let columns = Columns::detect(footer.schema(), options, footer.location.uri())?;
+        Ok(Self { footer, columns })
+    }
+
+    /// The shard's schema, with its key-value metadata.
+    pub fn schema(&self) -> &SchemaRef {
+        self.footer.schema()
+    }
+
+    /// Rows of the shard.
+    pub fn rows(&self) -> u64 {
+        self.footer.rows()
+    }
+
+    /// Row groups of the shard.
+    pub fn row_groups(&self) -> usize {
+        self.footer.row_groups()
+    }
+
+    /// Size, entity tag and time of the object.
+    pub fn object_info(&self) -> &ObjectInfo {
+        self.footer.object_info()
+    }
+
+    /// Where the image, the captions and the key are.
+    pub fn columns(&self) -> &Columns {
+        &self.columns
+    }
+
+    /// All rows in order, in batches of at most `batch_rows` rows, fewer where rows are large. Holds the compressed
+    /// pages of one row group at a time, and reads the next one only when the caller asks. Ends after the first error.
+    pub fn into_stream(self, batch_rows: usize) -> impl Stream<Item = Result<RecordBatch>> + Send {
+        futures::stream::try_unfold(self.into_batches(batch_rows), |mut batches| async move {
+            let batch = batches.next().await?;
+            Ok(batch.map(|batch| (batch, batches)))
+        })
+    }
+
+    /// The same without the vocabulary of streams.
+    pub fn into_batches(self, batch_rows: usize) -> Batches {
+        let batch_rows = self.footer.batch_rows(batch_rows, BATCH_BYTES_MAX);
+        Batches { footer: self.footer, batch_rows, state: State::New, rows: 0 }
+    }
+}
+
+/// The rows of a shard that were not read yet.
+pub struct Batches {
+    footer: Footer,
+    batch_rows: usize,
+    state: State,
+    /// Rows given out.
+    rows: u64,
+}
+
+enum State {
+    New,
+    /// The decoder wants these bytes, or none, before it goes on.
+    Ready(Box<ParquetPushDecoder>, Vec<Range<u64>>, Vec<Bytes>),
+    Done,
+}
+
+impl Batches {
+    /// The next rows, or none after the last one and after an error.
+    ///
+    /// # Errors
+    /// When the shard cannot be read, was replaced meanwhile, or is damaged.
+    pub async fn next(&mut self) -> Result<Option<RecordBatch>> {
+        loop {
+            let (mut decoder, ranges, data) = match std::mem::replace(&mut self.state, State::Done) {
+                State::New => (build(&self.footer, self.batch_rows).await?, Vec::new(), Vec::new()),
+                State::Ready(decoder, ranges, data) => (decoder, ranges, data),
+                State::Done => return Ok(None),
+            };
+            let step = contained(&self.footer.location, move || {
+                decoder.push_ranges(ranges, data)?;
+                decoder.try_decode().map(|step| (decoder, step))
+            });
+            let (decoder, step) = step.await?;
+            match step {
+                DecodeResult::Data(batch) => {
+                    self.rows += batch.num_rows() as u64;
+                    self.state = State::Ready(decoder, Vec::new(), Vec::new());
+                    return Ok(Some(batch));
+                }
+                DecodeResult::NeedsData(ranges) => {
+                    let data = fetch(&self.footer, &ranges).await?;
+                    self.state = State::Ready(decoder, ranges, data);
+                }
+                DecodeResult::Finished if self.rows == self.footer.rows() => return Ok(None),
+                DecodeResult::Finished => {
+                    return Err(corrupt(&self.footer, "the pages hold another number of rows than the footer says"));
+                }
+            }
+        }
+    }
+}
+
+async fn build(footer: &Footer, batch_rows: usize) -> Result<Box<ParquetPushDecoder>> {
+    let metadata = footer.metadata.clone();
+    let build = move || {
+        ParquetPushDecoderBuilder::new_with_metadata(metadata).with_batch_size(batch_rows).build().map(Box::new)
+    };
+    contained(&footer.location, build).await
+}
+
+/// Few large requests: column chunks that lie close together are fetched at once.
+async fn fetch(footer: &Footer, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
+    let (location, info) = (&footer.location, &footer.info);
+    if ranges.iter().any(|range| range.start > range.end || range.end > info.size) {
+        return Err(corrupt(footer, "a column chunk lies outside of the file"));
+    }
+    let fetch = |range| location.get_range(range, info.e_tag.as_deref());
+    coalesce_ranges(ranges, fetch, OBJECT_STORE_COALESCE_DEFAULT).await
+}
+
+fn corrupt(footer: &Footer, reason: &str) -> Error {
+    let uri = footer.location.uri().to_owned();
+    Error::Corrupt { uri, source: ParquetError::General(reason.to_owned()) }
+}

@@ -1,0 +1,217 @@
+//! Writes one output shard: input batches and their scores in, a Parquet object that appears whole or not at all out.
+//! The commit point is [`ShardWriter::commit`].
+//!
+//! Encoding: the image column is Snappy without dictionary or statistics (images do not compress, and Snappy gives up on
+//! them fastest), everything else is Zstandard level 1. The input's own codecs are not copied: they say nothing about
+//! what is cheap to write, and readers do not care. A row group is closed at 64 MiB, which bounds what is held here.
+
+use std::sync::Arc;
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+use bytes::Bytes;
+use object_store::{ObjectStoreExt, WriteMultipart};
+use parquet::arrow::ArrowWriter;
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::errors::ParquetError;
+use parquet::file::metadata::KeyValue;
+use parquet::file::properties::{EnabledStatistics, WriterProperties};
+use parquet::schema::types::ColumnPath;
+
+use crate::output::Layout;
+use crate::partial::Partial;
+use crate::{Columns, Error, ImageKind, Location, OutputOptions, Result, RowScore};
+
+/// Encoded bytes of a row group at most, and so what a writer holds in memory.
+const ROW_GROUP_BYTES_MAX: usize = 64 << 20;
+/// Rows encoded between two looks at the size of a page: the library's 1024 would put 1024 images on one page.
+const PAGE_CHECK_ROWS: usize = 16;
+/// Bytes of one part of an upload; stores want at least 5 MiB and at most 10,000 parts.
+const PART_BYTES: usize = 16 << 20;
+/// Parts on their way at a time.
+const PARTS_MAX: usize = 4;
+
+/// An output shard under construction. Dropping it leaves nothing behind.
+pub struct ShardWriter {
+    location: Location,
+    layout: Layout,
+    /// Taken while it works on a blocking thread, so absent after it failed.
+    encoder: Option<Box<ArrowWriter<Vec<u8>>>>,
+    upload: WriteMultipart,
+    partial: Partial,
+    overwrite: bool,
+    written: Written,
+}
+
+/// What a committed shard holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Written {
+    /// Rows.
+    pub rows: u64,
+    /// Bytes of the object.
+    pub bytes: u64,
+    /// Rows with a caption that passes the thresholds; without thresholds, rows with a score.
+    pub kept: u64,
+}
+
+impl ShardWriter {
+    /// Begins the output `location` of a shard with this schema and these columns. Nothing is visible there before
+    /// [`ShardWriter::commit`].
+    ///
+    /// # Errors
+    /// When the folder is missing or not writable, the output exists and must not be replaced, or a threshold has no head.
+    pub async fn create(
+        location: &Location,
+        input: &SchemaRef,
+        columns: &Columns,
+        options: &OutputOptions,
+    ) -> Result<Self> {
+        let layout = Layout::new(input, columns, options)?;
+        location.check_folder()?;
+        if location.exists().await? && !options.overwrite {
+            return Err(Error::Exists { uri: location.uri().to_owned() });
+        }
+        let properties = properties(&layout, image_path(input, columns));
+        let encoder = ArrowWriter::try_new(Vec::new(), Arc::clone(layout.schema()), Some(properties));
+        let encoder = encoder.map_err(|source| Error::Encode { uri: location.uri().to_owned(), source })?;
+        let partial = Partial::new(location);
+        let target = partial.location();
+        let upload = target.store().put_multipart(target.path()).await;
+        let upload = upload.map_err(|source| Error::store(location.uri(), source))?;
+        Ok(Self {
+            location: location.clone(),
+            layout,
+            encoder: Some(Box::new(encoder)),
+            upload: WriteMultipart::new_with_chunk_size(upload, PART_BYTES),
+            partial,
+            overwrite: options.overwrite,
+            written: Written::default(),
+        })
+    }
+
+    /// The schema of the output.
+    pub fn schema(&self) -> &SchemaRef {
+        self.layout.schema()
+    }
+
+    /// Appends the rows of a batch of the input, one score for each. After an error only dropping the writer is left.
+    ///
+    /// # Errors
+    /// When the rows cannot be encoded or stored.
+    ///
+    /// # Panics
+    /// When `scores` are not one for each row, or more than one for a caption that is no list.
+    pub async fn write(&mut self, batch: &RecordBatch, scores: &[RowScore]) -> Result<()> {
+        let built = self.layout.build(batch, scores);
+        let (rows, kept) = built.map_err(|source| self.encode_error(source.into()))?;
+        self.encode(move |encoder| encoder.write(&rows)).await?;
+        self.written.rows += batch.num_rows() as u64;
+        self.written.kept += kept;
+        Ok(())
+    }
+
+    /// Completes the object and makes it visible under its name, on disk if it is a local file. Then removes what killed
+    /// runs left of the same output, so of two runs on one output at a time the slower one fails here.
+    ///
+    /// # Errors
+    /// When the rest cannot be encoded or stored. Nothing is then visible.
+    pub async fn commit(mut self) -> Result<Written> {
+        self.encode(|encoder| encoder.finish().map(drop)).await?;
+        self.written.bytes = self.encoder.as_ref().map_or(0, |encoder| encoder.bytes_written() as u64);
+        let Self { location, upload, partial, overwrite, written, .. } = self;
+        upload.finish().await.map_err(|source| Error::store(location.uri(), source))?;
+        publish(&location, &partial, overwrite).await?;
+        // Best effort, and off the runtime's threads: the folder may hold many files.
+        let cleaned = tokio::task::spawn_blocking(move || partial.remove_all());
+        drop(cleaned.await);
+        Ok(written)
+    }
+
+    /// Encodes on a blocking thread, then hands finished row groups to the store.
+    async fn encode(
+        &mut self,
+        work: impl FnOnce(&mut ArrowWriter<Vec<u8>>) -> Result<(), ParquetError> + Send + 'static,
+    ) -> Result<()> {
+        let mut encoder = self.encoder.take().expect("a writer that failed is not used again");
+        let done = tokio::task::spawn_blocking(move || {
+            work(&mut encoder)?;
+            let bytes = std::mem::take(encoder.inner_mut());
+            Ok((encoder, bytes))
+        });
+        let done = done.await.map_err(|source| Error::EncodePanic { uri: self.location.uri().to_owned(), source })?;
+        let (encoder, bytes) = done.map_err(|source| self.encode_error(source))?;
+        self.encoder = Some(encoder);
+        for part in parts(bytes.into()) {
+            let room = self.upload.wait_for_capacity(PARTS_MAX).await;
+            room.map_err(|source| Error::store(self.location.uri(), source))?;
+            self.upload.put(part);
+        }
+        Ok(())
+    }
+
+    fn encode_error(&self, source: ParquetError) -> Error {
+        Error::Encode { uri: self.location.uri().to_owned(), source }
+    }
+}
+
+/// Renames a finished local file to its name.
+async fn publish(location: &Location, partial: &Partial, overwrite: bool) -> Result<()> {
+    let Some(hidden) = partial.to_rename() else { return Ok(()) };
+    let store = location.store();
+    let renamed = if overwrite {
+        store.rename(hidden.path(), location.path()).await
+    } else {
+        match store.rename_if_not_exists(hidden.path(), location.path()).await {
+            // Some file systems have no hard links, which an atomic "only if absent" is made of.
+            Err(object_store::Error::Generic { .. }) if !location.exists().await? => {
+                store.rename(hidden.path(), location.path()).await
+            }
+            other => other,
+        }
+    };
+    match renamed {
+        Err(object_store::Error::NotFound { .. }) => Err(Error::Superseded { uri: location.uri().to_owned() }),
+        other => other.map_err(|source| Error::store(location.uri(), source)),
+    }
+}
+
+/// Cuts without copying, so that waiting for capacity bounds what is on its way.
+fn parts(mut bytes: Bytes) -> impl Iterator<Item = Bytes> {
+    std::iter::from_fn(move || {
+        let size = bytes.len().min(PART_BYTES);
+        (size > 0).then(|| bytes.split_to(size))
+    })
+}
+
+/// The Parquet column of the images, where the shard holds them.
+fn image_path(input: &SchemaRef, columns: &Columns) -> Option<ColumnPath> {
+    let name = input.field(columns.image).name().clone();
+    match columns.image_kind {
+        ImageKind::Binary => Some(ColumnPath::new(vec![name])),
+        ImageKind::Struct => Some(ColumnPath::new(vec![name, "bytes".to_owned()])),
+        ImageKind::Uri => None,
+    }
+}
+
+fn properties(layout: &Layout, image: Option<ColumnPath>) -> WriterProperties {
+    let mut entries: Vec<KeyValue> = layout
+        .schema()
+        .metadata()
+        .iter()
+        .map(|(key, value)| KeyValue { key: key.clone(), value: Some(value.clone()) })
+        .collect();
+    // A hash map's order is random, an output's bytes should not be.
+    entries.sort_by(|a, b| a.key.cmp(&b.key));
+    let mut properties = WriterProperties::builder()
+        .set_compression(Compression::ZSTD(ZstdLevel::default()))
+        .set_max_row_group_bytes(Some(ROW_GROUP_BYTES_MAX))
+        .set_write_batch_size(PAGE_CHECK_ROWS)
+        .set_key_value_metadata((!entries.is_empty()).then_some(entries));
+    if let Some(image) = image {
+        properties = properties
+            .set_column_compression(image.clone(), Compression::SNAPPY)
+            .set_column_dictionary_enabled(image.clone(), false)
+            .set_column_statistics_enabled(image, EnabledStatistics::None);
+    }
+    properties.build()
+}

@@ -1,0 +1,24 @@
+//! Every bound of the pipeline. Together they bound its memory: at most [`CHUNKS_READ`] + [`CHUNKS_PREPARED`] +
+//! [`CHUNKS_SCORED`] + 4 chunks exist at a time (one in each stage's hands), each of at most [`CHUNK_ROWS`] rows.
+
+/// Rows that travel together: enough to keep every core decoding, few enough that their pixels (0.44 MB each at 384 px)
+/// stay small beside the model.
+pub const CHUNK_ROWS: usize = 32;
+/// Chunks read and not yet prepared.
+pub const CHUNKS_READ: usize = 1;
+/// Chunks prepared and not yet scored: preparation runs this far ahead of the engine.
+pub const CHUNKS_PREPARED: usize = 1;
+/// Chunks scored and not yet written.
+pub const CHUNKS_SCORED: usize = 2;
+/// Caption tokens after which a batch goes to the engine though it has room for images.
+pub const BATCH_TOKENS: usize = 4096;
+/// Bytes of an encoded image that is fetched by its address.
+pub const IMAGE_BYTES_MAX: u64 = 64 << 20;
+/// Images fetched at a time.
+pub const FETCHES: usize = 16;
+/// Pixels of an image, unless the user says otherwise.
+pub const IMAGE_PIXELS_MAX: u64 = 64 << 20;
+/// Bytes of a caption: the tokenizer is linear, but a caption of megabytes is a mistake and never fits the model.
+pub const CAPTION_BYTES_MAX: usize = 1 << 20;
+/// Bytes of a tokenizer or preprocessor file.
+pub const MODEL_JSON_BYTES_MAX: u64 = 64 << 20;

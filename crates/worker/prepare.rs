@@ -1,0 +1,150 @@
+//! Rows to model input: decode and resize the image, tokenise the captions. A row that cannot be prepared gets a status
+//! and a reason instead; nothing here ends a job.
+
+use bytes::Bytes;
+use capsieve_prep::{DecodeLimits, ImageSpec, Tokenizer};
+use capsieve_store::{CaptionCell, Columns, ImageCell, InputRow, RowScore};
+use rayon::prelude::*;
+
+use crate::limits::{CAPTION_BYTES_MAX, IMAGE_PIXELS_MAX};
+use crate::pipeline::{Chunk, Prepared};
+use crate::{Error, Result};
+
+/// What to do with captions and images the model or the user's limits do not take.
+#[derive(Clone, Copy, Debug)]
+pub struct CaptionPolicy {
+    /// Longer captions are cut to this many tokens; without it they are errors of their rows.
+    pub tokens_max: Option<usize>,
+    /// Larger images are errors of their rows.
+    pub image_pixels_max: u64,
+}
+
+impl Default for CaptionPolicy {
+    fn default() -> Self {
+        Self { tokens_max: None, image_pixels_max: IMAGE_PIXELS_MAX }
+    }
+}
+
+/// Why a row or a caption has no score.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Fault {
+    pub(crate) status: &'static str,
+    pub(crate) reason: String,
+}
+
+impl Fault {
+    pub(crate) fn new(status: &'static str, reason: impl Into<String>) -> Self {
+        Self { status, reason: reason.into() }
+    }
+
+    pub(crate) fn into_row(self) -> RowScore {
+        RowScore { status: self.status, error: Some(self.reason), scores: Vec::new() }
+    }
+}
+
+/// A row ready for the engine: at least one of its captions can be scored.
+#[derive(Debug)]
+pub(crate) struct ReadyRow {
+    /// `[S, S, 3]` u8.
+    pub(crate) pixels: Vec<u8>,
+    /// Token ids of each caption of the row; `None` where it has no score.
+    pub(crate) captions: Vec<Option<Vec<u32>>>,
+}
+
+/// Prepares rows on a pool of its own threads.
+pub(crate) struct Preparer {
+    pool: rayon::ThreadPool,
+    image: ImageSpec,
+    tokenizer: Tokenizer,
+    /// Longest caption of the model, in tokens.
+    positions: usize,
+    policy: CaptionPolicy,
+}
+
+impl Preparer {
+    pub(crate) fn new(
+        threads: usize,
+        (image, tokenizer): (ImageSpec, Tokenizer),
+        positions: usize,
+        policy: CaptionPolicy,
+    ) -> Result<Self> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("prepare-{i}"));
+        let pool = pool.build().map_err(|source| Error::Threads { source })?;
+        Ok(Self { pool, image, tokenizer, positions, policy })
+    }
+
+    /// Prepares every row of a chunk, all cores at once.
+    pub(crate) fn chunk(&self, chunk: Chunk, columns: &Columns) -> Result<Prepared> {
+        let rows = capsieve_store::rows(&chunk.batch, columns)?;
+        let prepared = self.pool.install(|| {
+            rows.par_iter().zip(&chunk.fetched).map(|(row, fetched)| self.row(row, fetched.as_ref())).collect()
+        });
+        Ok(Prepared { batch: chunk.batch, rows: prepared })
+    }
+
+    fn row(&self, row: &InputRow<'_>, fetched: Option<&Result<Bytes, Fault>>) -> Result<ReadyRow, Fault> {
+        let bytes = match (&row.image, fetched) {
+            (_, Some(fetched)) => fetched.as_ref().map_err(Fault::clone)?,
+            (ImageCell::Bytes(bytes), None) => *bytes,
+            (ImageCell::Null | ImageCell::Uri(_), None) => return Err(Fault::new("null_image", "the image is null")),
+        };
+        // Captions first: they cost nothing beside an image that would be decoded in vain.
+        let captions = self.captions(&row.captions)?;
+        let limits = DecodeLimits { pixels_max: self.policy.image_pixels_max };
+        let pixels = capsieve_prep::prepare_image(bytes, &self.image, &limits);
+        let pixels = pixels.map_err(|error| Fault::new(error.status(), chain(&error)))?;
+        Ok(ReadyRow { pixels, captions })
+    }
+
+    /// The captions of a row. A list needs one caption that can be scored; its others are then without a score.
+    fn captions(&self, cell: &CaptionCell<'_>) -> Result<Vec<Option<Vec<u32>>>, Fault> {
+        let null = || Fault::new("null_caption", "the caption is null");
+        match cell {
+            CaptionCell::Null => Err(null()),
+            CaptionCell::One(text) => Ok(vec![Some(self.caption(text)?)]),
+            CaptionCell::List(texts) => {
+                let (mut captions, mut first_fault) = (Vec::with_capacity(texts.len()), None);
+                for text in texts {
+                    let caption = text.ok_or_else(null).and_then(|text| self.caption(text));
+                    captions.push(caption.map_err(|fault| first_fault.get_or_insert(fault).clone()).ok());
+                }
+                if captions.iter().all(Option::is_none) {
+                    let empty = || Fault::new("null_caption", "the list of captions is empty");
+                    return Err(first_fault.unwrap_or_else(empty));
+                }
+                Ok(captions)
+            }
+        }
+    }
+
+    fn caption(&self, text: &str) -> Result<Vec<u32>, Fault> {
+        if text.len() > CAPTION_BYTES_MAX {
+            let reason = format!("the caption has {} bytes, at most {CAPTION_BYTES_MAX} are tokenised", text.len());
+            return Err(Fault::new("caption_too_long", reason));
+        }
+        let tokens = match self.policy.tokens_max {
+            Some(max) => self.tokenizer.encode_truncated(text, max.min(self.positions)),
+            None => self.tokenizer.encode(text),
+        };
+        let tokens = tokens.map_err(|error| Fault::new("caption_failed", chain(&error)))?;
+        if tokens.len() > self.positions {
+            let (count, max) = (tokens.len(), self.positions);
+            let reason = format!(
+                "the caption has {count} tokens, the model takes {max}; --max-caption-tokens {max} would cut it"
+            );
+            return Err(Fault::new("caption_too_long", reason));
+        }
+        Ok(tokens)
+    }
+}
+
+/// An error and its causes in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        text = format!("{text}: {inner}");
+        source = inner.source();
+    }
+    text.replace(['\n', '\r'], " ")
+}

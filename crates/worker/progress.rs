@@ -1,0 +1,51 @@
+//! Counters of a running job, read by whoever shows them.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Counters of a running job; a clone shows the same ones.
+#[derive(Clone, Debug, Default)]
+pub struct Progress(Arc<Counters>);
+
+#[derive(Debug, Default)]
+struct Counters {
+    rows_total: AtomicU64,
+    rows: AtomicU64,
+    pairs: AtomicU64,
+    failed: AtomicU64,
+}
+
+impl Progress {
+    /// Rows of the shard; 0 until it is opened.
+    pub fn rows_total(&self) -> u64 {
+        self.0.rows_total.load(Ordering::Relaxed)
+    }
+
+    /// Rows written.
+    pub fn rows(&self) -> u64 {
+        self.0.rows.load(Ordering::Relaxed)
+    }
+
+    /// Pairs scored.
+    pub fn pairs(&self) -> u64 {
+        self.0.pairs.load(Ordering::Relaxed)
+    }
+
+    /// Rows without a score.
+    pub fn failed(&self) -> u64 {
+        self.0.failed.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn start(&self, rows_total: u64) {
+        self.0.rows_total.store(rows_total, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add_pairs(&self, pairs: u64) {
+        self.0.pairs.fetch_add(pairs, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add_rows(&self, rows: u64, failed: u64) {
+        self.0.rows.fetch_add(rows, Ordering::Relaxed);
+        self.0.failed.fetch_add(failed, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,233 @@
+//! The job `score`: one shard in, the same rows with scores out.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use capsieve_engine::{Heads, ItmToken};
+use capsieve_store::{ColumnOptions, Footer, Location, ObjectInfo, OutputHeads, OutputOptions, ShardReader, ShardWriter};
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use crate::limits::CHUNK_ROWS;
+use crate::model::hex;
+use crate::pipeline::{self, Stages, Totals};
+use crate::prepare::Preparer;
+use crate::{CaptionPolicy, Error, LoadedModel, Progress, Result, engine_options};
+
+/// Key of the output's metadata by which a rerun recognises its own work.
+const FINGERPRINT: &str = "capsieve.fingerprint";
+
+/// The least scores of a row that is kept.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Thresholds {
+    /// Of `itm_score`.
+    pub min_itm: Option<f32>,
+    /// Of `cosine_score`.
+    pub min_cosine: Option<f32>,
+}
+
+/// What to score and how.
+#[derive(Clone, Debug)]
+pub struct ScoreJob {
+    /// URI of the shard.
+    pub input: String,
+    /// URI of the output.
+    pub output: String,
+    /// Names of columns, where they are not to be detected.
+    pub columns: ColumnOptions,
+    /// Which scores.
+    pub heads: Heads,
+    /// First token of the matching head.
+    pub itm_token: ItmToken,
+    /// Adds the column `keep`.
+    pub thresholds: Thresholds,
+    /// What is too long and too large.
+    pub policy: CaptionPolicy,
+    /// Leaves the image column out.
+    pub drop_images: bool,
+    /// Ends the job at the first row without a score.
+    pub fail_on_row: bool,
+    /// Replaces an output that is there.
+    pub overwrite: bool,
+    /// Images of a batch; 0 chooses.
+    pub batch_size: usize,
+    /// Threads of the engine and of the preparation; 0: one per core.
+    pub threads: usize,
+}
+
+/// What a finished job has to say; also the content of `NAME.stats.json`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Stats {
+    /// Version of the program.
+    pub version: &'static str,
+    /// URI of the input.
+    pub input: String,
+    /// URI of the output.
+    pub output: String,
+    /// SHA-256 of the model.
+    pub model: String,
+    /// "cpu (avx512, 2 threads)"
+    pub device: String,
+    /// "f32"
+    pub precision: &'static str,
+    /// Rows in and out: scored + failed.
+    pub rows: u64,
+    /// Rows with a score.
+    pub scored: u64,
+    /// Rows without one.
+    pub failed: u64,
+    /// Failed rows by reason.
+    pub errors: BTreeMap<&'static str, u64>,
+    /// Captions scored.
+    pub pairs: u64,
+    /// Rows that pass the thresholds, where there are any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kept: Option<u64>,
+    /// Bytes of the output.
+    pub bytes: u64,
+    /// Busy seconds by stage; stages overlap, so they add up to more than `total`.
+    pub seconds: BTreeMap<&'static str, f64>,
+    /// Pairs by total seconds, the model's loading excluded.
+    pub pairs_per_second: f64,
+}
+
+/// How a job ended.
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    /// The output is written.
+    Done(Box<Stats>),
+    /// The output was there already, made from the same input, model and options.
+    Complete {
+        /// Its rows.
+        rows: u64,
+    },
+}
+
+/// Scores a shard.
+///
+/// # Errors
+/// Whatever ends the job, see [`Error`]; nothing is then written.
+pub async fn score(model: &LoadedModel, job: &ScoreJob, progress: &Progress) -> Result<Outcome> {
+    let (input, output) = (Location::parse(&job.input)?, Location::parse(&job.output)?);
+    if input.same_object(&output) {
+        return Err(Error::SameObject { uri: output.to_string() });
+    }
+    let reader = ShardReader::open(&input, &job.columns).await?;
+    let hash = model.hash()?;
+    let fingerprint = fingerprint(job, &hash, reader.object_info());
+    if !job.overwrite && output.exists().await? {
+        return complete(&output, &fingerprint).await;
+    }
+    let options = output_options(job, &hash, &fingerprint, &reader, &input);
+    let writer = ShardWriter::create(&output, reader.schema(), reader.columns(), &options).await?;
+    let config = model.checkpoint.config();
+    let scorer = model.scorer(&engine_options(config, job.batch_size, job.threads, job.heads, job.itm_token))?;
+    let parts = (model.image.clone(), model.tokenizer.clone());
+    let preparer = Preparer::new(job.threads, parts, config.text.positions, job.policy)?;
+    let (device, precision, rows) = (scorer.info().device.clone(), scorer.info().precision, reader.rows());
+    progress.start(rows);
+    let start = Instant::now();
+    let stages = Stages {
+        input,
+        columns: reader.columns().clone(),
+        batches: reader.into_stream(CHUNK_ROWS),
+        preparer,
+        scorer,
+        heads: job.heads,
+        writer,
+        fail_on_row: job.fail_on_row,
+        progress: progress.clone(),
+    };
+    let totals = pipeline::run(stages).await?;
+    assert_eq!(totals.written.rows, rows, "every row that was read was written");
+    let stats = stats(job, (hash, device, precision), totals, start.elapsed().as_secs_f64());
+    capsieve_store::write_stats(&output, &stats).await?;
+    Ok(Outcome::Done(Box::new(stats)))
+}
+
+/// An output that is there: ours, or somebody else's?
+async fn complete(output: &Location, fingerprint: &str) -> Result<Outcome> {
+    let foreign = || Error::Foreign { uri: output.to_string() };
+    // What cannot be read is no output of ours.
+    let footer = Footer::read(output).await.map_err(|_| foreign())?;
+    match footer.schema().metadata().get(FINGERPRINT) {
+        Some(found) if found == fingerprint => Ok(Outcome::Complete { rows: footer.rows() }),
+        _ => Err(foreign()),
+    }
+}
+
+/// SHA-256 over everything that decides the content of the output.
+fn fingerprint(job: &ScoreJob, model: &str, input: &ObjectInfo) -> String {
+    let ScoreJob { columns, heads, itm_token, thresholds, policy, drop_images, .. } = job;
+    let identity = (input.size, &input.e_tag, input.modified);
+    let all = format!("{model} {identity:?} {columns:?} {heads:?} {itm_token:?} {thresholds:?} {policy:?} {drop_images}");
+    hex(&Sha256::digest(all))
+}
+
+fn output_options(
+    job: &ScoreJob,
+    hash: &str,
+    fingerprint: &str,
+    reader: &ShardReader,
+    input: &Location,
+) -> OutputOptions {
+    let info = reader.object_info();
+    let etag = info.e_tag.clone().unwrap_or_default();
+    let heads: Vec<&str> = [(job.heads.itm, "itm"), (job.heads.cosine, "cosine")]
+        .into_iter()
+        .filter_map(|(on, name)| on.then_some(name))
+        .collect();
+    let token = if job.itm_token == ItmToken::Cls { "cls" } else { "enc" };
+    let metadata = [
+        ("capsieve.version", env!("CARGO_PKG_VERSION").to_owned()),
+        ("capsieve.model", hash.to_owned()),
+        ("capsieve.precision", "f32".to_owned()),
+        ("capsieve.heads", heads.join(",")),
+        ("capsieve.itm_token", token.to_owned()),
+        ("capsieve.source", serde_json::json!({ "uri": input.to_string(), "size": info.size, "etag": etag }).to_string()),
+        (FINGERPRINT, fingerprint.to_owned()),
+    ];
+    OutputOptions {
+        heads: OutputHeads { itm: job.heads.itm, cosine: job.heads.cosine },
+        drop_images: job.drop_images,
+        min_itm: job.thresholds.min_itm,
+        min_cosine: job.thresholds.min_cosine,
+        metadata: metadata.into_iter().map(|(key, value)| (key.to_owned(), value)).collect(),
+        overwrite: job.overwrite,
+    }
+}
+
+fn stats(
+    job: &ScoreJob,
+    (model, device, precision): (String, String, &'static str),
+    totals: Totals,
+    total: f64,
+) -> Stats {
+    let mut errors = totals.statuses;
+    let scored = errors.remove("ok").unwrap_or(0);
+    let thresholds = job.thresholds.min_itm.is_some() || job.thresholds.min_cosine.is_some();
+    let seconds = [
+        ("read", totals.read),
+        ("decode", totals.prepare),
+        ("engine", totals.engine),
+        ("write", totals.write),
+        ("total", total),
+    ];
+    Stats {
+        version: env!("CARGO_PKG_VERSION"),
+        input: job.input.clone(),
+        output: job.output.clone(),
+        model,
+        device,
+        precision,
+        rows: totals.written.rows,
+        scored,
+        failed: errors.values().sum(),
+        errors,
+        pairs: totals.pairs,
+        kept: thresholds.then_some(totals.written.kept),
+        bytes: totals.written.bytes,
+        seconds: seconds.into_iter().collect(),
+        pairs_per_second: totals.pairs as f64 / total.max(1e-9),
+    }
+}
