@@ -93,7 +93,7 @@ impl LoadedModel {
             ModelSource::Synthetic(size, seed) => Self::synthetic(size, seed),
             ModelSource::Path(path) => Self::folder(model, &path),
             ModelSource::Hub(id) => {
-                let folder = capsieve_store::fetch_model(&HubConfig::from_env(), &id, downloaded).await?;
+                let folder = capsieve_store::fetch_model_with(&HubConfig::from_env()?, &id, downloaded).await?;
                 Self::folder(model, &folder)
             }
         }

@@ -18,9 +18,7 @@ fn schema(columns: &[(&str, DataType)]) -> Schema {
 }
 
 fn hugging_face() -> DataType {
-    DataType::Struct(
-        vec![Field::new("bytes", DataType::Binary, true), Field::new("path", DataType::Utf8, true)].into(),
-    )
+    DataType::Struct(vec![Field::new("bytes", DataType::Binary, true), Field::new("path", DataType::Utf8, true)].into())
 }
 
 fn list() -> DataType {
@@ -50,15 +48,40 @@ fn layouts_in_the_wild() {
         (&[("URL", Utf8), ("TEXT", Utf8)], 0, ImageKind::Uri, 1, CaptionKind::Text, None),
         (&[("uid", Utf8), ("url", Utf8), ("text", Utf8)], 1, ImageKind::Uri, 2, CaptionKind::Text, Some(0)),
         // The list's order decides, not the file's.
-        (&[("txt", Utf8), ("png", Binary), ("caption", LargeUtf8), ("jpg", LargeBinary)], 3, ImageKind::Binary, 2,
-            CaptionKind::Text, None),
+        (
+            &[("txt", Utf8), ("png", Binary), ("caption", LargeUtf8), ("jpg", LargeBinary)],
+            3,
+            ImageKind::Binary,
+            2,
+            CaptionKind::Text,
+            None,
+        ),
         // A column of the right name and a useless type is passed over.
-        (&[("image", Int64), ("img", Binary), ("caption", Int64), ("prompt", Utf8)], 1, ImageKind::Binary, 3,
-            CaptionKind::Text, None),
+        (
+            &[("image", Int64), ("img", Binary), ("caption", Int64), ("prompt", Utf8)],
+            1,
+            ImageKind::Binary,
+            3,
+            CaptionKind::Text,
+            None,
+        ),
         (&[("image", Binary), ("captions", list())], 0, ImageKind::Binary, 1, CaptionKind::List, None),
-        (&[("path", Utf8), ("image_bytes", Binary), ("alt_text", Utf8), ("id", Int64), ("__key__", Utf8)], 1,
-            ImageKind::Binary, 2, CaptionKind::Text, Some(4)),
-        (&[("image_path", Utf8), ("text", Utf8), ("image_id", Int64)], 0, ImageKind::Uri, 1, CaptionKind::Text, Some(2)),
+        (
+            &[("path", Utf8), ("image_bytes", Binary), ("alt_text", Utf8), ("id", Int64), ("__key__", Utf8)],
+            1,
+            ImageKind::Binary,
+            2,
+            CaptionKind::Text,
+            Some(4),
+        ),
+        (
+            &[("image_path", Utf8), ("text", Utf8), ("image_id", Int64)],
+            0,
+            ImageKind::Uri,
+            1,
+            CaptionKind::Text,
+            Some(2),
+        ),
     ];
     for (columns, image, image_kind, caption, caption_kind, key) in cases {
         let want = Columns { image, image_kind, caption, caption_kind, key };
@@ -143,7 +166,9 @@ fn captions_of_every_type() {
         let images: ArrayRef = Arc::new(BinaryArray::from_vec(vec![b"x"; 5]));
         let whole = batch(vec![("jpg", images), ("text", Arc::clone(&array))]);
         let columns = Columns::detect(whole.schema_ref(), &ColumnOptions::default(), "").unwrap();
-        let captions = |rows: Vec<capsieve_store::InputRow<'_>>| format!("{:?}", rows.iter().map(|row| &row.captions).collect::<Vec<_>>());
+        let captions = |rows: Vec<capsieve_store::InputRow<'_>>| {
+            format!("{:?}", rows.iter().map(|row| &row.captions).collect::<Vec<_>>())
+        };
         assert_eq!(captions(rows(&whole, &columns).unwrap()), format!("{want:?}"), "{}", array.data_type());
         let cut = whole.slice(1, 3);
         assert_eq!(captions(rows(&cut, &columns).unwrap()), format!("{:?}", &want[1..4]), "{}", array.data_type());
@@ -188,7 +213,8 @@ fn list_arrays() -> Vec<ArrayRef> {
     let nulls = || Some(NullBuffer::from(vec![true, false, true, true]));
     let offsets = || OffsetBuffer::<i32>::from_lengths([2, 0, 0, 2]);
     let list = ListArray::new(item(), offsets(), Arc::clone(&items), nulls());
-    let large = LargeListArray::new(item(), OffsetBuffer::<i64>::from_lengths([2, 0, 0, 2]), Arc::clone(&items), nulls());
+    let large =
+        LargeListArray::new(item(), OffsetBuffer::<i64>::from_lengths([2, 0, 0, 2]), Arc::clone(&items), nulls());
     // Views may lie in any order.
     let view = ListViewArray::new(
         item(),

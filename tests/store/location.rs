@@ -1,0 +1,136 @@
+//! URIs: what they name, what they refuse, and when two of them are one object.
+
+use std::sync::Arc;
+
+use capsieve_store::{Error, Location, stats_location, write_stats};
+use object_store::memory::InMemory;
+use object_store::path::Path;
+
+use super::{at, listed, wait};
+
+#[test]
+fn spellings_of_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("a b%20ü.parquet");
+    std::fs::write(&file, b"12345").unwrap();
+    let plain = Location::parse(file.to_str().unwrap()).unwrap();
+    let uri = format!("file://{}/a%20b%2520%C3%BC.parquet", folder.path().display());
+    let dotted = format!("{}/./x/../a b%20ü.parquet", folder.path().display());
+    std::fs::create_dir(folder.path().join("x")).unwrap();
+    for spelling in [uri.as_str(), dotted.as_str()] {
+        let other = Location::parse(spelling).unwrap();
+        assert!(plain.same_object(&other), "{spelling}");
+        assert_eq!(other.to_string(), spelling);
+        assert_eq!(wait(other.get(5)).unwrap(), "12345");
+    }
+    let info = wait(plain.head()).unwrap();
+    assert_eq!(info.size, 5);
+    assert!(info.e_tag.is_some() && info.modified.elapsed().unwrap().as_secs() < 3600);
+    assert!(matches!(wait(plain.get(4)), Err(Error::TooLarge { size: 5, limit: 4, .. })));
+    assert_eq!(plain.file_name(), "a b%20ü.parquet");
+}
+
+#[test]
+fn relative_paths_count_from_the_working_directory() {
+    let here = Location::parse("Cargo.toml").unwrap();
+    let full = std::env::current_dir().unwrap().join("Cargo.toml");
+    assert!(here.same_object(&Location::parse(full.to_str().unwrap()).unwrap()));
+    assert_eq!(here.to_string(), "Cargo.toml");
+    assert!(wait(here.exists()).unwrap());
+}
+
+#[cfg(unix)]
+#[test]
+fn links_lead_to_the_same_object() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path();
+    std::fs::create_dir(base.join("real")).unwrap();
+    std::fs::write(base.join("real/a.parquet"), b"x").unwrap();
+    std::fs::write(base.join("real/b.parquet"), b"x").unwrap();
+    std::os::unix::fs::symlink(base.join("real"), base.join("folder")).unwrap();
+    std::os::unix::fs::symlink(base.join("real/a.parquet"), base.join("link.parquet")).unwrap();
+    std::fs::hard_link(base.join("real/a.parquet"), base.join("hard.parquet")).unwrap();
+    let real = at(base, "real/a.parquet");
+    for same in ["folder/a.parquet", "link.parquet", "hard.parquet", "real/../real/a.parquet"] {
+        assert!(real.same_object(&at(base, same)), "{same}");
+    }
+    for other in ["real/b.parquet", "real/none.parquet"] {
+        assert!(!real.same_object(&at(base, other)), "{other}");
+    }
+    // Neither exists, the folder behind both is one.
+    assert!(at(base, "folder/new.parquet").same_object(&at(base, "real/new.parquet")));
+}
+
+#[test]
+fn what_cannot_be_a_shard_is_refused() {
+    for uri in ["s3://bucket/a.parquet", "gs://b/a", "az://b/a", "abfs://b/a", "https://host/a.parquet", "S3://b/a"] {
+        let error = Location::parse(uri).unwrap_err();
+        assert!(matches!(error, Error::UnsupportedScheme { .. }), "{uri}: {error}");
+        assert!(error.to_string().contains("not supported by this build yet: object-store buckets"), "{error}");
+    }
+    for uri in ["", "sftp://host/a", "file://relative.parquet", "a.parquet#12"] {
+        assert!(matches!(Location::parse(uri), Err(Error::Uri { .. })), "{uri}");
+    }
+    for uri in ["/", "data/", "file:///data/"] {
+        assert!(matches!(Location::parse(uri), Err(Error::Folder { .. })), "{uri}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let location = Location::parse(folder.path().to_str().unwrap()).unwrap();
+    assert!(matches!(wait(location.head()), Err(Error::Folder { .. })));
+    let missing = at(folder.path(), "none.parquet");
+    assert!(!wait(missing.exists()).unwrap());
+    let error = wait(missing.head()).unwrap_err();
+    assert!(matches!(error, Error::NotFound { .. }));
+    assert_eq!(error.to_string(), format!("{missing} does not exist"));
+    // A file where a folder should be is an absence too, not a crash.
+    std::fs::write(folder.path().join("file"), b"").unwrap();
+    assert!(wait(at(folder.path(), "file/a.parquet").head()).is_err());
+}
+
+#[test]
+fn siblings_and_references() {
+    let shard = Location::parse("data/00000.parquet").unwrap();
+    assert_eq!(shard.sibling("x.json").to_string(), "data/x.json");
+    assert_eq!(Location::parse("00000.parquet").unwrap().sibling("x").to_string(), "x");
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("images")).unwrap();
+    std::fs::write(folder.path().join("images/1.jpg"), b"one").unwrap();
+    let shard = at(folder.path(), "00000.parquet");
+    let absolute = folder.path().join("images/1.jpg");
+    let uri = format!("file://{}", absolute.display());
+    for reference in ["images/1.jpg", "./images/1.jpg", absolute.to_str().unwrap(), &uri] {
+        assert_eq!(wait(shard.resolve(reference).unwrap().get(10)).unwrap(), "one", "{reference}");
+    }
+    assert!(matches!(shard.resolve("https://host/1.jpg"), Err(Error::UnsupportedScheme { .. })));
+    assert!(shard.resolve("").is_err());
+}
+
+#[test]
+fn stores_that_are_not_files_work_alike() {
+    let store = Arc::new(InMemory::new());
+    let shard = Location::in_store(store, Path::from("data/0.parquet"), "memory://data/0.parquet");
+    wait(shard.put(bytes::Bytes::from_static(b"abc"))).unwrap();
+    assert_eq!(wait(shard.get(3)).unwrap(), "abc");
+    assert_eq!(shard.sibling("1.parquet").to_string(), "memory://data/1.parquet");
+    wait(shard.sibling("1.jpg").put(bytes::Bytes::from_static(b"jpg"))).unwrap();
+    assert_eq!(wait(shard.resolve("1.jpg").unwrap().get(3)).unwrap(), "jpg");
+    assert!(shard.same_object(&shard.sibling("0.parquet")));
+    wait(shard.delete()).unwrap();
+    assert!(!wait(shard.exists()).unwrap());
+}
+
+#[test]
+fn statistics_lie_beside_the_shard() {
+    let folder = tempfile::tempdir().unwrap();
+    let shard = at(folder.path(), "00000.parquet");
+    for rows in [1, 2] {
+        let location = wait(write_stats(&shard, &serde_json::json!({ "rows": rows }))).unwrap();
+        assert_eq!(location.file_name(), "00000.stats.json");
+        let read: serde_json::Value = serde_json::from_slice(&wait(location.get(1000)).unwrap()).unwrap();
+        assert_eq!(read["rows"], rows);
+    }
+    assert_eq!(listed(folder.path()), ["00000.stats.json"]);
+    assert_eq!(stats_location(&at(folder.path(), "scored")).file_name(), "scored.stats.json");
+    let missing = at(folder.path(), "none/0.parquet");
+    assert!(matches!(wait(write_stats(&missing, &1)), Err(Error::NoFolder { .. })));
+}
