@@ -57,9 +57,8 @@ fn products(backend: &mut CpuBackend, peak: f64) {
         let linear = backend.linear_weights(&values(n * k), &values(n), k).unwrap();
         let input = backend.upload(m, k, &values(m * k)).unwrap();
         let mut out = backend.alloc(m, n).unwrap();
-        let seconds = [Epilogue::Store, Epilogue::Gelu].map(|epilogue| {
-            best(|| backend.run(|backend| backend.linear(&input, m, &linear, epilogue, &mut out)))
-        });
+        let seconds = [Epilogue::Store, Epilogue::Gelu]
+            .map(|epilogue| best(|| backend.run(|backend| backend.linear(&input, m, &linear, epilogue, &mut out))));
         let [store, gelu] = seconds.map(|seconds| 2.0 * (m * n * k) as f64 / seconds / 1e9);
         let (shape, share) = (format!("{m} x {n} x {k}"), 100.0 * store / peak);
         println!("{shape:>20} {store:>10.0} {gelu:>10.0} {share:>9.0}%");

@@ -73,9 +73,10 @@ fn torch_file(path: &Path, tensors: &[Tensor], salesforce: bool) {
 
 fn safetensors_file(path: &Path, tensors: &[&Tensor]) {
     let bytes: Vec<Vec<u8>> = tensors.iter().map(|t| t.values.iter().flat_map(|v| v.to_le_bytes()).collect()).collect();
-    let views = tensors.iter().zip(&bytes).map(|(t, bytes)| {
-        (t.name.clone(), TensorView::new(Dtype::F32, t.shape.clone(), bytes).unwrap())
-    });
+    let views = tensors
+        .iter()
+        .zip(&bytes)
+        .map(|(t, bytes)| (t.name.clone(), TensorView::new(Dtype::F32, t.shape.clone(), bytes).unwrap()));
     safetensors::serialize_to_file(views, None, path).unwrap();
 }
 
@@ -336,7 +337,10 @@ fn synthetic_weights_survive_the_disk() {
         assert!(a.name == b.name && a.values == b.values, "{}", a.name);
     }
     let other = Checkpoint::synthetic(SyntheticSize::Tiny, 8);
-    assert_ne!(made.read_f32("itm_head.weight", &[2, 64]).unwrap(), other.read_f32("itm_head.weight", &[2, 64]).unwrap());
+    assert_ne!(
+        made.read_f32("itm_head.weight", &[2, 64]).unwrap(),
+        other.read_f32("itm_head.weight", &[2, 64]).unwrap()
+    );
     let leftovers = std::fs::read_dir(folder.path()).unwrap().count();
     assert_eq!(leftovers, 2, "config.json and model.safetensors, nothing partial");
 }

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use arrow::array::{Array, AsArray, RecordBatch};
+use arrow::array::{AsArray, RecordBatch};
 use arrow::datatypes::Int32Type;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -55,7 +55,8 @@ impl Folder {
 }
 
 fn small(count: usize) -> RecordBatch {
-    let rows: Vec<_> = (0..count).map(|row| (Some(picture(row as u64)), Some(format!("picture {row} of a dog")))).collect();
+    let rows: Vec<_> =
+        (0..count).map(|row| (Some(picture(row as u64)), Some(format!("picture {row} of a dog")))).collect();
     shard(&rows)
 }
 
@@ -157,7 +158,10 @@ fn assert_metadata(found: &RecordBatch, folder: &Folder) {
     let schema = found.schema();
     let entry = |name: &str| schema.metadata().get(&format!("capsieve.{name}")).unwrap_or_else(|| panic!("no {name}"));
     assert_eq!(entry("version"), env!("CARGO_PKG_VERSION"));
-    assert_eq!((entry("heads").as_str(), entry("itm_token").as_str(), entry("precision").as_str()), ("itm,cosine", "cls", "f32"));
+    assert_eq!(
+        (entry("heads").as_str(), entry("itm_token").as_str(), entry("precision").as_str()),
+        ("itm,cosine", "cls", "f32")
+    );
     assert!(entry("model").len() == 64 && entry("model").bytes().all(|byte| byte.is_ascii_hexdigit()));
     let source: Value = serde_json::from_str(entry("source")).unwrap();
     assert_eq!(source["uri"], folder.text("in.parquet"));
@@ -228,7 +232,11 @@ fn the_same_command_again_does_nothing_another_one_refuses() {
     let again = folder.score("synthetic:tiny:1", &[]);
     assert_eq!(again.code, Some(0), "{again:?}");
     assert!(again.stdout.contains("already complete"), "{again:?}");
-    for (model, more) in [("synthetic:tiny:2", &[][..]), ("synthetic:tiny:1", &["--heads", "itm"]), ("synthetic:tiny:1", &["--min-itm", "0.1"])] {
+    for (model, more) in [
+        ("synthetic:tiny:2", &[][..]),
+        ("synthetic:tiny:1", &["--heads", "itm"]),
+        ("synthetic:tiny:1", &["--min-itm", "0.1"]),
+    ] {
         let other = folder.score(model, more);
         assert_eq!(other.code, Some(1), "{other:?}");
         assert!(other.stderr.contains("--overwrite"), "{other:?}");
@@ -265,6 +273,12 @@ fn the_demo_finds_the_noise() {
     let scores: Vec<f32> = floats(&found, "itm_score").into_iter().flatten().collect();
     let area = capsieve_worker::roc_auc(&scores, &truth).unwrap();
     assert!(area >= 0.97, "ROC AUC of the matching head is {area}");
+    assert_eq!(capsieve(&["demo", "--out", &out.display().to_string()]).code, Some(0), "again");
+    assert_eq!(names(&out), ["scored.parquet", "scored.stats.json"]);
+    std::fs::write(out.join("scored.parquet"), "mine").unwrap();
+    let ran = capsieve(&["demo", "--out", &out.display().to_string()]);
+    assert!(ran.code == Some(1) && ran.stderr.contains("--out"), "{ran:?}");
+    assert_eq!(std::fs::read(out.join("scored.parquet")).unwrap(), b"mine");
 }
 
 #[test]
@@ -274,8 +288,15 @@ fn synth_writes_the_weights_that_its_name_scores_with() {
     let arguments = ["synth", "--size", "tiny", "--seed", "7", "--out", &model];
     let ran = capsieve(&arguments);
     assert_eq!(ran.code, Some(0), "{ran:?}");
-    for name in ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "preprocessor_config.json",
-                 "tokenizer_config.json", "special_tokens_map.json"] {
+    for name in [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "vocab.txt",
+        "preprocessor_config.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    ] {
         assert!(Path::new(&model).join(name).exists(), "{name}");
     }
     let found = folder.scored(&model, &[]);
@@ -293,7 +314,7 @@ fn inspect_tells_models_and_shards() {
     let tiny = Oracle::load("tiny").folder.display().to_string();
     let ran = capsieve(&["inspect", &tiny]);
     assert_eq!(ran.code, Some(0), "{ran:?}");
-    for part in ["safetensors", "image encoder", "text encoder", "F32", "sha256", "tokenizer"] {
+    for part in ["safetensors", "image encoder", "text encoder", "float32", "sha256", "tokenizer"] {
         assert!(ran.stdout.contains(part), "{part}: {}", ran.stdout);
     }
     let folder = Folder::new(&small(5));
@@ -338,7 +359,9 @@ fn help_names_every_command() {
 fn an_interrupted_job_leaves_nothing() {
     let folder = Folder::new(&small(4000));
     let (input, output) = (folder.text("in.parquet"), folder.text("out.parquet"));
-    let child = program().args(["score", "--model", "synthetic:tiny", "--batch-size", "1", "--input", &input, "--output", &output]).spawn();
+    let child = program()
+        .args(["score", "--model", "synthetic:tiny", "--batch-size", "1", "--input", &input, "--output", &output])
+        .spawn();
     let child = child.unwrap();
     let start = Instant::now();
     while names(folder.0.path()).len() < 2 {

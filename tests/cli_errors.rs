@@ -50,16 +50,22 @@ fn assert_failed(ran: &Ran, parts: &[&str], context: &str) {
     }
 }
 
-/// A PNG whose header claims a size; its CRC is right, its pixels are missing.
+/// A PNG whose header claims a size that its pixels do not have.
 fn huge_png(width: u32, height: u32) -> Vec<u8> {
-    let mut header = b"IHDR".to_vec();
-    header.extend(width.to_be_bytes());
-    header.extend(height.to_be_bytes());
-    header.extend([8, 2, 0, 0, 0]);
-    let crc = header.iter().fold(!0u32, |crc, byte| {
+    let size = [width.to_be_bytes(), height.to_be_bytes()].concat();
+    let header = png_chunk(b"IHDR", &[&size[..], &[8, 2, 0, 0, 0]].concat());
+    // An empty zlib stream.
+    let pixels = png_chunk(b"IDAT", &[0x78, 0x9c, 0x03, 0, 0, 0, 0, 1]);
+    [&b"\x89PNG\r\n\x1a\n"[..], &header, &pixels, &png_chunk(b"IEND", &[])].concat()
+}
+
+fn png_chunk(name: &[u8; 4], data: &[u8]) -> Vec<u8> {
+    let body = [&name[..], data].concat();
+    let crc = body.iter().fold(!0u32, |crc, byte| {
         (0..8).fold(crc ^ u32::from(*byte), |crc, _| if crc & 1 == 1 { (crc >> 1) ^ 0xedb8_8320 } else { crc >> 1 })
     });
-    [&b"\x89PNG\r\n\x1a\n\0\0\0\r"[..], &header, &(!crc).to_be_bytes()].concat()
+    let length = u32::try_from(data.len()).unwrap();
+    [&length.to_be_bytes()[..], &body, &(!crc).to_be_bytes()].concat()
 }
 
 /// Name, image, caption, status.
@@ -109,7 +115,8 @@ fn a_bad_row_costs_its_own_scores_only() {
     }
     assert!(scores[rows.len() - 1].is_some(), "the empty caption is scored");
     let stats: Value = serde_json::from_slice(&std::fs::read(folder.path("out.stats.json")).unwrap()).unwrap();
-    let errors = json!({ "null_image": 1, "decode_failed": 7, "image_too_large": 1, "null_caption": 1, "caption_too_long": 1 });
+    let errors =
+        json!({ "null_image": 1, "decode_failed": 7, "image_too_large": 1, "null_caption": 1, "caption_too_long": 1 });
     assert_eq!((&stats["errors"], &stats["failed"]), (&errors, &bad_rows().len().into()));
 }
 
@@ -119,7 +126,8 @@ fn the_limits_of_a_row_can_be_set() {
     let folder = Folder::new(&shard(&[(Some(picture(1)), Some(long.as_str()))]));
     let ran = folder.score(MODEL, "in.parquet", &["--max-caption-tokens", "10"]);
     assert_eq!(ran.code, Some(0), "{ran:?}");
-    let ran = folder.score(MODEL, "in.parquet", &["--max-caption-tokens", "10", "--max-image-pixels", "50", "--overwrite"]);
+    let ran =
+        folder.score(MODEL, "in.parquet", &["--max-caption-tokens", "10", "--max-image-pixels", "50", "--overwrite"]);
     assert_eq!(ran.code, Some(3), "{ran:?}");
     let found = read_parquet(&folder.path("out.parquet"));
     assert_eq!(texts(&found, "score_status"), [Some("image_too_large".to_owned())]);
@@ -157,15 +165,19 @@ fn bad_shards_fail_with_one_line() {
     let numbers: ArrayRef = Arc::new(Int32Array::from(vec![1, 2]));
     let table = |columns: Vec<(&str, ArrayRef)>| {
         let (names, arrays): (Vec<_>, Vec<_>) = columns.into_iter().unzip();
-        let fields: Vec<_> = names.iter().zip(&arrays).map(|(name, array)| {
-            arrow::datatypes::Field::new(*name, arrow::array::Array::data_type(array).clone(), true)
-        }).collect();
+        let fields: Vec<_> = names
+            .iter()
+            .zip(&arrays)
+            .map(|(name, array)| {
+                arrow::datatypes::Field::new(*name, arrow::array::Array::data_type(array).clone(), true)
+            })
+            .collect();
         RecordBatch::try_new(Arc::new(arrow::datatypes::Schema::new(fields)), arrays).unwrap()
     };
     write_parquet(&folder.path("numbers.parquet"), &table(vec![("a", numbers), ("b", strings("x"))]), 10);
     let twice = vec![("image", strings("a.png")), ("caption", strings("x")), ("caption", strings("y"))];
     write_parquet(&folder.path("twice.parquet"), &table(twice), 10);
-    let mut before: Vec<_> = names(folder.0.path());
+    let before = names(folder.0.path());
     let cases: [(&str, &[&str], &[&str]); 9] = [
         ("text.parquet", &[], &["text.parquet", "not a Parquet file"]),
         ("cut.parquet", &[], &["cut.parquet", "cut off"]),
@@ -183,7 +195,6 @@ fn bad_shards_fail_with_one_line() {
         assert_eq!(std::fs::read(folder.path(input)).ok(), bytes, "{input} is untouched");
         assert_eq!(names(folder.0.path()), before, "{input}: nothing is written");
     }
-    before.clear();
 }
 
 #[test]
@@ -211,7 +222,8 @@ fn bad_outputs_fail_before_anything_is_scored() {
             if !overwrite.is_empty() && output.contains("foreign") {
                 continue;
             }
-            let mut arguments = vec!["score", "--model", MODEL, "--input", input.to_str().unwrap(), "--output", &output];
+            let mut arguments =
+                vec!["score", "--model", MODEL, "--input", input.to_str().unwrap(), "--output", &output];
             arguments.extend(overwrite);
             assert_failed(&capsieve(&arguments), parts, &output);
         }
@@ -241,21 +253,45 @@ fn edit(folder: &TempDir, name: &str, change: impl Fn(&mut Value)) {
 type BadModel = (&'static str, fn(&TempDir), &'static [&'static str]);
 
 const BAD_MODELS: [BadModel; 8] = [
-    ("cut weights", |f| {
-        let path = f.path().join("model.safetensors");
-        let bytes = std::fs::read(&path).unwrap();
-        std::fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
-    }, &["model.safetensors"]),
-    ("weights of zero bytes", |f| std::fs::write(f.path().join("model.safetensors"), "").unwrap(), &["model.safetensors"]),
+    (
+        "cut weights",
+        |f| {
+            let path = f.path().join("model.safetensors");
+            let bytes = std::fs::read(&path).unwrap();
+            std::fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
+        },
+        &["model.safetensors"],
+    ),
+    (
+        "weights of zero bytes",
+        |f| std::fs::write(f.path().join("model.safetensors"), "").unwrap(),
+        &["model.safetensors"],
+    ),
     ("no weights", |f| std::fs::remove_file(f.path().join("model.safetensors")).unwrap(), &["no weights"]),
     ("no config", |f| std::fs::remove_file(f.path().join("config.json")).unwrap(), &["config.json"]),
-    ("another model's config", |f| edit(f, "config.json", |c| *c = json!({ "model_type": "bert", "hidden_size": 768 })),
-     &["config.json", "bert"]),
-    ("another width", |f| edit(f, "config.json", |c| c["text_config"]["hidden_size"] = json!(120)), &["tensor", "config.json"]),
-    ("another image size", |f| edit(f, "preprocessor_config.json", |c| c["size"] = json!({ "height": 96, "width": 96 })),
-     &["preprocessor_config.json", "96"]),
-    ("another tokenizer", |f| drop(std::fs::copy(golden().join("tokenizer/tokenizer.json"), f.path().join("tokenizer.json")).unwrap()),
-     &["tokenizer", "30522"]),
+    (
+        "another model's config",
+        |f| edit(f, "config.json", |c| *c = json!({ "model_type": "bert", "hidden_size": 768 })),
+        &["config.json", "bert"],
+    ),
+    (
+        "another width",
+        |f| edit(f, "config.json", |c| c["text_config"]["hidden_size"] = json!(120)),
+        &["tensor", "config.json"],
+    ),
+    (
+        "another image size",
+        |f| edit(f, "preprocessor_config.json", |c| c["size"] = json!({ "height": 96, "width": 96 })),
+        &["preprocessor_config.json", "96"],
+    ),
+    (
+        "another tokenizer",
+        |f| {
+            let other = golden().join("tokenizer/tokenizer.json");
+            std::fs::copy(other, f.path().join("tokenizer.json")).unwrap();
+        },
+        &["tokenizer", "30522"],
+    ),
 ];
 
 #[test]
@@ -286,7 +322,8 @@ fn what_this_build_lacks_is_said() {
     assert_failed(&folder.score(MODEL, "in.parquet", &["--precision", "bf16"]), &["bf16", "f32"], "bf16");
     assert_failed(&folder.score(MODEL, "in.parquet", &["--input", &input]), &["one shard per run"], "two inputs");
     for prefix in [here.clone(), format!("{here}/"), format!("{here}/*.parquet")] {
-        let ran = capsieve(&["score", "--model", MODEL, "--input", &prefix, "--output", &format!("{here}/out.parquet")]);
+        let ran =
+            capsieve(&["score", "--model", MODEL, "--input", &prefix, "--output", &format!("{here}/out.parquet")]);
         assert_failed(&ran, &["one shard per run"], &prefix);
     }
     assert_eq!(names(folder.0.path()), ["in.parquet"]);

@@ -3,7 +3,13 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests stop at the first surprise and may print")]
 
 mod checkpoint;
+mod cli;
+mod cli_errors;
+mod demo;
 mod model;
 mod ops;
 mod oracle;
+mod pipeline;
 mod prep;
+mod store;
+mod support;

@@ -131,7 +131,8 @@ fn image_states_equal_pytorch() {
                     let (shape, want) = first(&key(part));
                     let cols = *shape.last().unwrap();
                     let taken = rows.iter().filter(|r| **r >= shift);
-                    let got: Vec<f32> = taken.flat_map(|r| values[(*r - shift) as usize * cols..][..cols].to_vec()).collect();
+                    let got: Vec<f32> =
+                        taken.flat_map(|r| values[(*r - shift) as usize * cols..][..cols].to_vec()).collect();
                     assert_state(&format!("{} {} {}", oracle.name, isa.name(), key(part)), &got, &want);
                 }
             }

@@ -3,9 +3,7 @@
 //! Outputs are poisoned with NaN before an operation and have spare rows behind the ones it may write; the spare rows
 //! must still be poisoned afterwards.
 
-use capsieve_engine::testing::{
-    AttentionLimits, Backend, Columns, CpuBackend, Epilogue, Isa, Patches, Span, TextRows,
-};
+use capsieve_engine::testing::{AttentionLimits, Backend, Columns, CpuBackend, Epilogue, Isa, Patches, Span, TextRows};
 
 /// Largest error of a product over the sum of its terms' magnitudes; measured 2.4e-7.
 const PRODUCT_TOLERANCE: f64 = 1e-6;
@@ -100,8 +98,18 @@ fn erf_reference_is_right() {
 fn linear_equals_naive() {
     // Around every tile edge (4, 6 rows; 8, 16, 64 columns), the row block (96) and the column pass (1024).
     let shapes = [
-        (1, 1, 1), (1, 2, 3), (5, 7, 9), (6, 64, 16), (7, 65, 17), (4, 8, 1024), (13, 63, 1025), (97, 16, 31),
-        (191, 129, 64), (35, 200, 2050), (577, 24, 60), (2, 300, 768),
+        (1, 1, 1),
+        (1, 2, 3),
+        (5, 7, 9),
+        (6, 64, 16),
+        (7, 65, 17),
+        (4, 8, 1024),
+        (13, 63, 1025),
+        (97, 16, 31),
+        (191, 129, 64),
+        (35, 200, 2050),
+        (577, 24, 60),
+        (2, 300, 768),
     ];
     each_backend(|backend, name| {
         for (m, n, k) in shapes {
@@ -171,8 +179,7 @@ fn layer_norm_equals_naive() {
                 let input = backend.upload(rows, cols, &x).unwrap();
                 let mut out = poisoned(backend, rows, cols);
                 backend.run(|backend| backend.layer_norm(&input, rows, &norm, &mut out));
-                let want: Vec<f64> =
-                    x.chunks(cols).flat_map(|x| naive_norm(x, &gain, &bias, f64::from(eps))).collect();
+                let want: Vec<f64> = x.chunks(cols).flat_map(|x| naive_norm(x, &gain, &bias, f64::from(eps))).collect();
                 // A mean of 100 costs two digits of what is left: the inputs themselves are only that exact (measured 2.3e-5).
                 let tolerance = if offset == 0.0 { NORM_TOLERANCE } else { 20.0 * NORM_TOLERANCE };
                 let what = format!("{name} {rows}x{cols} scale {scale} offset {offset}");
@@ -198,7 +205,8 @@ fn check_attention(backend: &mut CpuBackend, spans: &[Span], (heads, size): (usi
     let kv_rows = spans.iter().map(|s| s.kv + s.kv_len).max().unwrap();
     let q: Vec<f32> = values(q_rows * width, 8).iter().map(|v| v * scale).collect();
     let kv = values(kv_rows * 3 * width, 9);
-    let (q_buf, kv_buf) = (backend.upload(q_rows, width, &q).unwrap(), backend.upload(kv_rows, 3 * width, &kv).unwrap());
+    let (q_buf, kv_buf) =
+        (backend.upload(q_rows, width, &q).unwrap(), backend.upload(kv_rows, 3 * width, &kv).unwrap());
     let mut out = poisoned(backend, q_rows, width);
     // k in the third block of columns, v in the second: nothing may assume an order.
     let views = [(&q_buf, 0), (&kv_buf, 2 * width), (&kv_buf, width)].map(|(buf, first)| Columns { buf, first });

@@ -125,7 +125,9 @@ fn shuffled_rows_give_shuffled_scores() {
 
 #[test]
 fn lists_of_captions_score_as_single_rows() {
-    let list = |row: usize| -> Vec<Option<&str>> { CAPTIONS.iter().cycle().skip(row).take(row % 6).map(|c| Some(*c)).collect() };
+    let list = |row: usize| -> Vec<Option<&str>> {
+        CAPTIONS.iter().cycle().skip(row).take(row % 6).map(|c| Some(*c)).collect()
+    };
     let lists: Vec<_> = (0..40).map(|row| (Some(picture(row as u64)), Some(list(row)))).collect();
     let single: Vec<_> =
         lists.iter().flat_map(|(image, list)| list.iter().flatten().map(|caption| (image.clone(), *caption))).collect();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use arrow::array::{Array, ArrayRef, AsArray, BinaryArray, ListBuilder, RecordBatch, StringArray, StringBuilder};
+use arrow::array::{ArrayRef, AsArray, BinaryArray, ListBuilder, RecordBatch, StringArray, StringBuilder};
 use arrow::compute::concat_batches;
 use arrow::datatypes::Float32Type;
 use capsieve_prep::RgbImage;
@@ -81,8 +81,11 @@ pub(crate) fn shard<C: AsRef<str>>(rows: &[(Option<Vec<u8>>, Option<C>)]) -> Rec
     with_captions(&rows.iter().map(|(image, _)| image.clone()).collect::<Vec<_>>(), Arc::new(captions))
 }
 
+/// Image and captions.
+pub(crate) type ListRow<C> = (Option<Vec<u8>>, Option<Vec<Option<C>>>);
+
 /// Columns `key`, `image`, `caption`, the last a list.
-pub(crate) fn list_shard<C: AsRef<str>>(rows: &[(Option<Vec<u8>>, Option<Vec<Option<C>>>)]) -> RecordBatch {
+pub(crate) fn list_shard<C: AsRef<str>>(rows: &[ListRow<C>]) -> RecordBatch {
     let mut lists = ListBuilder::new(StringBuilder::new());
     for (_, captions) in rows {
         captions.iter().flatten().for_each(|caption| lists.values().append_option(caption.as_ref()));

@@ -4,20 +4,20 @@ use std::io::{IsTerminal, stderr};
 use std::time::{Duration, Instant};
 
 use capsieve_worker::Progress;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 const BAR_INTERVAL: Duration = Duration::from_millis(200);
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
-const BAR: &str = "{bar:32} {pos}/{len} rows, {msg}, {elapsed} gone, {eta} to go";
+const BAR: &str = "{wide_bar} {pos}/{len} rows, {msg}";
 
 /// Runs `job` to its end and shows `progress` meanwhile.
 pub(crate) async fn shown<T>(progress: &Progress, job: impl Future<Output = T>) -> T {
     tokio::pin!(job);
     let bar = stderr().is_terminal().then(bar);
-    let start = Instant::now();
     let mut ticks = tokio::time::interval(if bar.is_some() { BAR_INTERVAL } else { LOG_INTERVAL });
     // The first tick comes at once, when there is nothing to show.
     ticks.tick().await;
+    let mut start = None;
     loop {
         tokio::select! {
             ended = &mut job => {
@@ -26,9 +26,13 @@ pub(crate) async fn shown<T>(progress: &Progress, job: impl Future<Output = T>) 
                 }
                 return ended;
             }
-            _ = ticks.tick() => match &bar {
-                Some(bar) => draw(bar, progress, start),
-                None => log(progress, start),
+            // Before the shard is open and the model loaded there is nothing to count.
+            _ = ticks.tick() => if progress.rows_total() > 0 {
+                let state = State::now(progress, *start.get_or_insert_with(Instant::now));
+                match &bar {
+                    Some(bar) => state.draw(bar),
+                    None => state.log(),
+                }
             },
         }
     }
@@ -39,26 +43,39 @@ fn bar() -> ProgressBar {
     ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr()).with_style(style)
 }
 
-/// Nothing is shown before the shard is open.
-fn draw(bar: &ProgressBar, progress: &Progress, start: Instant) {
-    if progress.rows_total() > 0 {
-        bar.set_length(progress.rows_total());
-        bar.set_position(progress.rows());
-        bar.set_message(format!("{:.1} pairs/s, {} without a score", pairs_per_second(progress, start), progress.failed()));
-    }
+struct State {
+    rows: u64,
+    total: u64,
+    failed: u64,
+    pairs_per_second: f64,
+    /// "1h 2m 3s", or that nobody knows yet.
+    left: String,
 }
 
-fn log(progress: &Progress, start: Instant) {
-    let (rows, total) = (progress.rows(), progress.rows_total());
-    if total > 0 {
-        let pairs_per_second = pairs_per_second(progress, start);
-        let left = (rows > 0).then(|| start.elapsed().as_secs_f64() / rows as f64 * total.saturating_sub(rows) as f64);
-        let eta_seconds = left.unwrap_or(f64::NAN);
-        let failed = progress.failed();
-        tracing::info!(rows, total, failed, "{pairs_per_second:.1} pairs/s, {eta_seconds:.0} s to go");
+impl State {
+    fn now(progress: &Progress, start: Instant) -> Self {
+        let (rows, total, seconds) = (progress.rows(), progress.rows_total(), start.elapsed().as_secs_f64().max(1e-9));
+        let left = seconds / rows.max(1) as f64 * total.saturating_sub(rows) as f64;
+        // A clock of whole seconds; a shard does not take longer than its cap.
+        let left = (rows > 0).then(|| Duration::from_secs(left.min(1e9) as u64));
+        Self {
+            rows,
+            total,
+            failed: progress.failed(),
+            pairs_per_second: progress.pairs() as f64 / seconds,
+            left: left.map_or_else(|| "?".to_owned(), |left| HumanDuration(left).to_string()),
+        }
     }
-}
 
-fn pairs_per_second(progress: &Progress, start: Instant) -> f64 {
-    progress.pairs() as f64 / start.elapsed().as_secs_f64().max(1e-9)
+    fn draw(&self, bar: &ProgressBar) {
+        let Self { rows, total, failed, pairs_per_second, left } = self;
+        bar.set_length(*total);
+        bar.set_position(*rows);
+        bar.set_message(format!("{pairs_per_second:.1} pairs/s, {failed} failed, {left} left"));
+    }
+
+    fn log(&self) {
+        let Self { rows, total, failed, pairs_per_second, left } = self;
+        tracing::info!("{rows} of {total} rows, {pairs_per_second:.1} pairs/s, {failed} without a score, {left} left");
+    }
 }

@@ -94,7 +94,9 @@ pub enum Error {
         others: usize,
     },
     /// A tensor has another shape than the configuration asks for.
-    #[error("{origin}: tensor {name} is {found:?}, its config.json asks for {expected:?}: the two belong to different models")]
+    #[error(
+        "{origin}: tensor {name} is {found:?}, its config.json asks for {expected:?}: the two belong to different models"
+    )]
     WrongShape {
         /// The checkpoint.
         origin: String,

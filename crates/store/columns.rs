@@ -120,7 +120,7 @@ impl Search<'_> {
             return kind(field.data_type()).map(|kind| (index, kind)).ok_or_else(|| Error::ColumnType {
                 uri: self.uri.to_owned(),
                 name: name.to_owned(),
-                data_type: field.data_type().to_string(),
+                data_type: field.data_type().to_string().into(),
                 role: role.name,
                 wanted: role.wanted,
                 columns: self.columns(),
@@ -183,14 +183,14 @@ impl Search<'_> {
         self.schema.fields().iter().enumerate().filter(move |(_, field)| field.name() == name).map(|(index, _)| index)
     }
 
-    fn columns(&self) -> String {
+    fn columns(&self) -> Box<str> {
         let fields = self.schema.fields();
         let line = |field: &std::sync::Arc<Field>| format!("{} ({})", field.name(), field.data_type());
         let mut listed = fields.iter().take(LISTED_MAX).map(line).collect::<Vec<_>>().join(", ");
         if fields.len() > LISTED_MAX {
             listed.push_str(&format!(" and {} more", fields.len() - LISTED_MAX));
         }
-        listed
+        listed.into()
     }
 }
 
@@ -202,7 +202,7 @@ fn metadata_only(schema: &Schema) -> Option<String> {
         .iter()
         .any(|field| matches!(image_kind(field.data_type()), Some(ImageKind::Binary | ImageKind::Struct)));
     let url = ["url", "URL"].into_iter().find(has)?;
-    (IMG2DATASET_NAMES.iter().all(|name| has(name)) && !bytes).then(|| url.to_owned())
+    (IMG2DATASET_NAMES.iter().all(has) && !bytes).then(|| url.to_owned())
 }
 
 fn image_kind(data_type: &DataType) -> Option<ImageKind> {

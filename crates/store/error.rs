@@ -108,12 +108,6 @@ pub enum Error {
         /// The output.
         uri: String,
     },
-    /// Reading and writing the same object would lose it.
-    #[error("the output {uri} is the input itself, choose another name")]
-    SameObject {
-        /// The output.
-        uri: String,
-    },
 
     /// The bytes are something else.
     #[error("{uri} is not a Parquet file")]
@@ -173,7 +167,7 @@ pub enum Error {
         /// The option that decides.
         option: &'static str,
         /// Names and types.
-        columns: String,
+        columns: Box<str>,
     },
     /// The named column is missing.
     #[error("{uri} has no column {name:?} ({option}); its columns are: {columns}")]
@@ -185,7 +179,7 @@ pub enum Error {
         /// The option that named it.
         option: &'static str,
         /// Names and types.
-        columns: String,
+        columns: Box<str>,
     },
     /// Two columns of one name.
     #[error("{uri} has {count} columns named {name:?}, rename them or pass {option} NAME; its columns are: {columns}")]
@@ -199,7 +193,7 @@ pub enum Error {
         /// The option that decides.
         option: &'static str,
         /// Names and types.
-        columns: String,
+        columns: Box<str>,
     },
     /// The named column cannot be used.
     #[error(
@@ -211,13 +205,13 @@ pub enum Error {
         /// The column.
         name: String,
         /// Its type.
-        data_type: String,
+        data_type: Box<str>,
         /// "image" or "caption".
         role: &'static str,
         /// Usable types.
         wanted: &'static str,
         /// Names and types.
-        columns: String,
+        columns: Box<str>,
     },
     /// Columns of one shard used on the rows of another.
     #[error("the columns were detected in a shard of another schema, this is a bug")]
@@ -344,7 +338,7 @@ pub enum Error {
         source: Box<hf_hub::HFError>,
     },
     /// The cache folder cannot be used.
-    #[error("the hub cache {path} cannot be used, set HF_HOME to a folder that can be written")]
+    #[error("the hub cache {path} cannot be used: free some space, or set HF_HOME to a folder that can be written")]
     HubCache {
         /// The folder or file.
         path: String,
@@ -368,7 +362,7 @@ impl Error {
             (_, Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge)) => {
                 Self::StorageFull { uri, source }
             }
-            (_, Some(ErrorKind::NotFound)) => Self::NotFound { uri, source },
+            (_, Some(ErrorKind::NotFound | ErrorKind::NotADirectory)) => Self::NotFound { uri, source },
             _ => Self::Store { uri, source },
         }
     }

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use hf_hub::progress::{DownloadEvent, Progress, ProgressEvent, ProgressHandler};
 use hf_hub::{HFClient, HFError, HFRepository, RepoTypeModel};
@@ -14,6 +15,9 @@ const ENDPOINT: &str = "https://huggingface.co";
 const REVISION: &str = "main";
 /// Tries for a file whose connection breaks in the middle; the client itself tries again to connect.
 const ATTEMPTS: usize = 3;
+/// The client waits ten seconds for a file that another process fetches; a large model takes longer. Half an hour in all.
+const LOCK_WAITS: usize = 60;
+const LOCK_PAUSE: Duration = Duration::from_secs(20);
 const CONFIG: &str = "config.json";
 const INDEX: &str = "model.safetensors.index.json";
 /// Small files a model may have; which of them are needed is for the loader to say.
@@ -154,23 +158,30 @@ impl Hub<'_> {
                 Err(_) => {}
             }
         }
-        for attempt in 1..=ATTEMPTS {
+        let (mut attempts, mut waits) = (1, 0);
+        loop {
             let watch = Watch::new(file, &self.progress);
-            let error = match self.download(file, revision, false, Some(Progress::from(Arc::clone(&watch)))).await {
-                Ok(path) => match self.check_size(file, &path, watch.bytes_total.load(Ordering::Relaxed)) {
-                    Err(error @ Error::HubCut { .. }) if attempt == ATTEMPTS => return Err(error),
-                    Err(Error::HubCut { .. }) => continue,
+            let got = self.download(file, revision, false, Some(Progress::from(Arc::clone(&watch)))).await;
+            let announced = watch.bytes_total.load(Ordering::Relaxed);
+            match got {
+                Ok(path) => match self.check_size(file, &path, announced) {
+                    Err(Error::HubCut { .. }) if attempts < ATTEMPTS => attempts += 1,
                     other => return other.map(|()| Some(path)),
                 },
-                Err(error) => error,
-            };
-            match error {
-                HFError::Request { source, .. } if source.is_body() && attempt < ATTEMPTS => {}
-                HFError::EntryNotFound { .. } if self.known_absent(file, revision).await => return Ok(None),
-                source => return Err(hub_error(self.config, self.id, file, source)),
+                Err(HFError::Request { source, .. })
+                    if (source.is_body() || source.is_decode()) && attempts < ATTEMPTS =>
+                {
+                    attempts += 1;
+                }
+                // Another process fetches the same file; what it leaves is then ours too.
+                Err(HFError::CacheLockTimeout { .. }) if waits < LOCK_WAITS => {
+                    waits += 1;
+                    tokio::time::sleep(LOCK_PAUSE).await;
+                }
+                Err(HFError::EntryNotFound { .. }) if self.known_absent(file, revision).await => return Ok(None),
+                Err(source) => return Err(hub_error(self.config, self.id, file, source)),
             }
         }
-        unreachable!("the last attempt returns")
     }
 
     async fn download(
@@ -242,7 +253,11 @@ fn shards(index: &Path) -> Result<Vec<String>> {
 }
 
 fn hub_error(config: &HubConfig, id: &str, file: &str, source: HFError) -> Error {
-    let (id, endpoint, source) = (id.to_owned(), config.endpoint.clone(), Box::new(source));
+    let source = match source {
+        HFError::Io(source) => return Error::HubCache { path: config.cache.display().to_string(), source },
+        other => Box::new(other),
+    };
+    let (id, endpoint) = (id.to_owned(), config.endpoint.clone());
     match source.as_ref() {
         HFError::AuthRequired { .. } | HFError::Forbidden { .. } => Error::HubAccess { id, endpoint, source },
         HFError::EntryNotFound { .. } | HFError::RepoNotFound { .. } | HFError::RevisionNotFound { .. } => {

@@ -24,6 +24,7 @@ mod partial;
 mod reader;
 mod rows;
 mod stats;
+mod upload;
 mod writer;
 
 pub use columns::{CaptionKind, ColumnOptions, Columns, ImageKind};

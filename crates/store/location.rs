@@ -108,6 +108,7 @@ impl Location {
                 .and_then(|folder| Path::parse(format!("{folder}/{reference}")).ok())
                 .map(|path| Self { uri: reference.to_owned(), path, ..self.clone() }),
         };
+        let found = found.filter(|_| !reference.is_empty() && !reference.ends_with('/'));
         found.ok_or_else(|| Error::Uri { uri: reference.to_owned(), reason: "it names no file" })
     }
 

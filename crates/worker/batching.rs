@@ -7,10 +7,10 @@ use std::time::Instant;
 use capsieve_engine::{Batch, Config, Heads, ItmToken, Options, PairScore, Scorer};
 use capsieve_store::{CaptionScore, RowScore};
 
-use crate::Result;
-use crate::limits::BATCH_TOKENS;
+use crate::limits::{BATCH_TOKENS, CHUNK_ROWS, CHUNKS_OPEN};
 use crate::pipeline::{Prepared, Scored};
 use crate::prepare::ReadyRow;
+use crate::{Progress, Result};
 
 /// Images of a batch where the user does not say: enough rows that every product runs at full speed and the weights are
 /// read once for several images; more only takes memory (0.25 MB a token row of the large model).
@@ -36,6 +36,7 @@ pub fn engine_options(
 pub(crate) struct Batcher {
     scorer: Box<dyn Scorer>,
     heads: Heads,
+    progress: Progress,
     batch: Batch,
     /// For each image of the batch: its chunk (counted from the first ever), its row there, and which of the row's
     /// captions are in the batch.
@@ -57,11 +58,12 @@ struct OpenChunk {
 }
 
 impl Batcher {
-    pub(crate) fn new(scorer: Box<dyn Scorer>, heads: Heads) -> Self {
+    pub(crate) fn new(scorer: Box<dyn Scorer>, heads: Heads, progress: Progress) -> Self {
         let batch = Batch::new(scorer.info().config.vision.image_size);
         Self {
             scorer,
             heads,
+            progress,
             batch,
             places: Vec::new(),
             open: VecDeque::new(),
@@ -84,6 +86,9 @@ impl Batcher {
                 Err(fault) => self.finish(chunk, row, fault.into_row()),
             }
         }
+        if self.open.len() > CHUNKS_OPEN + self.scorer.info().images_max / CHUNK_ROWS {
+            self.flush()?;
+        }
         Ok(())
     }
 
@@ -101,10 +106,14 @@ impl Batcher {
 
     /// Scores what is in the batch.
     pub(crate) fn flush(&mut self) -> Result<()> {
+        if self.places.is_empty() {
+            return Ok(());
+        }
         let start = Instant::now();
         self.scorer.score(&self.batch, &mut self.scores)?;
         self.seconds += start.elapsed().as_secs_f64();
         self.pairs += self.scores.len() as u64;
+        self.progress.add_pairs(self.scores.len() as u64);
         self.batch.clear();
         let (places, scores) = (std::mem::take(&mut self.places), std::mem::take(&mut self.scores));
         let mut next = scores.iter();
@@ -112,10 +121,9 @@ impl Batcher {
             let heads = self.heads;
             let mut score = |scored: bool| match scored.then(|| next.next().expect("a score for each caption")) {
                 None => CaptionScore::default(),
-                Some(score) => CaptionScore {
-                    itm: heads.itm.then_some(score.itm),
-                    cosine: heads.cosine.then_some(score.cosine),
-                },
+                Some(score) => {
+                    CaptionScore { itm: heads.itm.then_some(score.itm), cosine: heads.cosine.then_some(score.cosine) }
+                }
             };
             let scores = captions.into_iter().map(&mut score).collect();
             self.finish(chunk, row, RowScore { status: "ok", error: None, scores });

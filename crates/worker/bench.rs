@@ -112,7 +112,8 @@ impl Rows {
         pin_mut!(batches);
         let (mut images, mut captions) = (Vec::new(), Vec::new());
         while let Some(batch) = batches.next().await.transpose()? {
-            let column = |name: &str, kind| cast(batch.column_by_name(name).expect("a bundled column"), kind).expect("its type");
+            let column =
+                |name: &str, kind| cast(batch.column_by_name(name).expect("a bundled column"), kind).expect("its type");
             images.extend(column("image", &DataType::Binary).as_binary::<i32>().iter().flatten().map(<[u8]>::to_vec));
             captions.extend(column("caption", &DataType::Utf8).as_string::<i32>().iter().flatten().map(str::to_owned));
         }
@@ -205,9 +206,16 @@ async fn pipeline(
     let chunks: Vec<_> = (0..count).step_by(CHUNK_ROWS).map(|first| (first, CHUNK_ROWS.min(count - first))).collect();
     let parts = (model.image.clone(), model.tokenizer.clone());
     let stages = Stages {
-        batches: stream::iter(chunks.into_iter().map(|(first, rows_of)| Ok(rows.batch(first, rows_of, bench.captions)))),
+        batches: stream::iter(
+            chunks.into_iter().map(|(first, rows_of)| Ok(rows.batch(first, rows_of, bench.captions))),
+        ),
         input: output.clone(),
-        preparer: Preparer::new(bench.threads, parts, model.checkpoint.config().text.positions, CaptionPolicy::default())?,
+        preparer: Preparer::new(
+            bench.threads,
+            parts,
+            model.checkpoint.config().text.positions,
+            CaptionPolicy::default(),
+        )?,
         scorer,
         heads: bench.heads,
         writer: ShardWriter::create(&output, &schema, &columns, &options).await?,
@@ -245,6 +253,7 @@ fn peak_memory() -> Option<u64> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 mod tests {
     use super::*;
 

@@ -7,7 +7,7 @@ use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Float32Type};
 use capsieve_engine::{Heads, ItmToken};
-use capsieve_store::{ColumnOptions, Location, ShardReader};
+use capsieve_store::{ColumnOptions, Footer, Location, ShardReader};
 use futures::{StreamExt, pin_mut};
 
 use crate::{
@@ -67,17 +67,22 @@ pub struct DemoReport {
     pub precision_recall: (Option<f64>, Option<f64>),
 }
 
-/// Writes the bundled shard to `folder/shard.parquet` and its scores to `folder/scored.parquet`, replacing both.
+/// Scores the bundled shard to `folder/scored.parquet`, which may be an earlier one of ours.
 ///
 /// # Errors
-/// The folder cannot be written.
+/// The folder cannot be written, or holds somebody else's `scored.parquet`.
 pub async fn demo(folder: &Path, threads: usize, progress: &Progress) -> Result<DemoReport> {
-    let (input, output) = (folder.join("shard.parquet"), folder.join("scored.parquet"));
+    let output = folder.join("scored.parquet");
     let fail = |path: &Path| {
         let path = path.display().to_string();
         move |source| Error::File { path, source }
     };
     std::fs::create_dir_all(folder).map_err(fail(folder))?;
+    if !ours(&output).await? {
+        return Err(Error::NotOurs { path: output.display().to_string() });
+    }
+    let bundled = tempfile::tempdir().map_err(fail(&std::env::temp_dir()))?;
+    let input = bundled.path().join("shard.parquet");
     std::fs::write(&input, SHARD).map_err(fail(&input))?;
     let job = ScoreJob {
         input: input.display().to_string(),
@@ -100,6 +105,16 @@ pub async fn demo(folder: &Path, threads: usize, progress: &Progress) -> Result<
     Ok(report(output, *stats, rows))
 }
 
+/// True where nothing is, or something we scored: a file of the user must not go without being asked for.
+async fn ours(output: &Path) -> Result<bool> {
+    let location = Location::parse(&output.display().to_string())?;
+    if !location.exists().await? {
+        return Ok(true);
+    }
+    let footer = Footer::read(&location).await;
+    Ok(footer.is_ok_and(|footer| footer.schema().metadata().keys().any(|key| key.starts_with("capsieve."))))
+}
+
 fn report(output: PathBuf, stats: Stats, rows: Vec<DemoRow>) -> DemoReport {
     let mut kinds: Vec<&str> = rows.iter().map(|row| row.noise.as_str()).filter(|noise| *noise != CLEAN).collect();
     kinds.sort_unstable();
@@ -107,7 +122,8 @@ fn report(output: PathBuf, stats: Stats, rows: Vec<DemoRow>) -> DemoReport {
     let auc = |name: &str, included: &dyn Fn(&DemoRow) -> bool| {
         let rows: Vec<&DemoRow> = rows.iter().filter(|row| row.noise == CLEAN || included(row)).collect();
         let matches: Vec<bool> = rows.iter().map(|row| row.is_match).collect();
-        let area = |score: fn(&DemoRow) -> f32| roc_auc(&rows.iter().map(|row| score(row)).collect::<Vec<_>>(), &matches);
+        let area =
+            |score: fn(&DemoRow) -> f32| roc_auc(&rows.iter().map(|row| score(row)).collect::<Vec<_>>(), &matches);
         NoiseReport {
             noise: name.to_owned(),
             rows: rows.iter().filter(|row| row.noise != CLEAN).count(),

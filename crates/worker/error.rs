@@ -52,7 +52,9 @@ pub enum Error {
         uri: String,
     },
     /// The output is there and is not what this job would write.
-    #[error("{uri} exists and was made from another input, model or options: choose another output, or pass --overwrite")]
+    #[error(
+        "{uri} exists and was made from another input, model or options: choose another output, or pass --overwrite"
+    )]
     Foreign {
         /// The output.
         uri: String,
@@ -66,6 +68,12 @@ pub enum Error {
         status: &'static str,
         /// Its error.
         reason: String,
+    },
+    /// The demo would replace a file that it did not write.
+    #[error("{path} was not written by the demo: choose another folder with --out")]
+    NotOurs {
+        /// The file.
+        path: String,
     },
     /// The folder of `synth` holds something.
     #[error("{path} is not empty: choose another folder, or pass --overwrite")]

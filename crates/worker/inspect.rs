@@ -99,7 +99,8 @@ fn checkpoint(model: LoadedModel) -> Result<CheckpointReport> {
 
 async fn shard(uri: &str, options: &ColumnOptions) -> Result<ShardReport> {
     let footer = Footer::read(&Location::parse(uri)?).await?;
-    let schema: Vec<_> = footer.schema().fields().iter().map(|f| (f.name().clone(), f.data_type().to_string())).collect();
+    let schema: Vec<_> =
+        footer.schema().fields().iter().map(|f| (f.name().clone(), f.data_type().to_string())).collect();
     let (rows, row_groups, bytes) = (footer.rows(), footer.row_groups(), footer.object_info().size);
     let created_by = footer.created_by().map(str::to_owned);
     let name = |index: usize| schema[index].0.clone();

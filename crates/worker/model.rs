@@ -220,6 +220,7 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 mod tests {
     use super::*;
 
@@ -228,8 +229,13 @@ mod tests {
         let parse = |model: &str| ModelSource::parse(model);
         assert_eq!(parse("synthetic:large:7").unwrap(), ModelSource::Synthetic(SyntheticSize::Large, 7));
         assert_eq!(parse("synthetic:tiny").unwrap(), ModelSource::Synthetic(SyntheticSize::Tiny, 0));
-        assert_eq!(parse("Salesforce/blip-itm-base-coco").unwrap(), ModelSource::Hub("Salesforce/blip-itm-base-coco".into()));
-        for bad in ["synthetic:huge", "synthetic:tiny:x", "./nowhere", "/no/where", "nowhere", "a/b/c", "s3://bucket/x", ""] {
+        assert_eq!(
+            parse("Salesforce/blip-itm-base-coco").unwrap(),
+            ModelSource::Hub("Salesforce/blip-itm-base-coco".into())
+        );
+        for bad in
+            ["synthetic:huge", "synthetic:tiny:x", "./nowhere", "/no/where", "nowhere", "a/b/c", "s3://bucket/x", ""]
+        {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

@@ -79,9 +79,9 @@ where
     let (to_engine, prepared) = channel(CHUNKS_PREPARED);
     let (to_writer, scored) = channel(CHUNKS_SCORED);
     let reading = read(batches, &input, &columns, to_prepare);
-    let (for_prepare, for_engine) = (columns.clone(), progress.clone());
+    let (for_prepare, batcher) = (columns.clone(), Batcher::new(scorer, heads, progress.clone()));
     let preparing = spawn_blocking(move || prepare(&preparer, &for_prepare, chunks, &to_engine));
-    let scoring = spawn_blocking(move || score(Batcher::new(scorer, heads), prepared, &to_writer, &for_engine));
+    let scoring = spawn_blocking(move || score(batcher, prepared, &to_writer));
     let writing = write(writer, scored, fail_on_row, &progress);
     let (read, prepared, scored, written) = tokio::join!(reading, preparing, scoring, writing);
     // A panic of a stage is a bug and goes on as one.
@@ -119,11 +119,7 @@ async fn read(
     }
 }
 
-async fn fetch(
-    batch: &RecordBatch,
-    input: &Location,
-    columns: &Columns,
-) -> Result<Vec<Option<Result<Bytes, Fault>>>> {
+async fn fetch(batch: &RecordBatch, input: &Location, columns: &Columns) -> Result<Vec<Option<Result<Bytes, Fault>>>> {
     let rows = capsieve_store::rows(batch, columns)?;
     let addresses: Vec<Option<String>> = rows
         .iter()
@@ -141,12 +137,7 @@ async fn fetch(
 }
 
 /// Stage 2, a thread of its own: model input for every row.
-fn prepare(
-    preparer: &Preparer,
-    columns: &Columns,
-    mut chunks: Receiver<Chunk>,
-    out: &Sender<Prepared>,
-) -> Result<f64> {
+fn prepare(preparer: &Preparer, columns: &Columns, mut chunks: Receiver<Chunk>, out: &Sender<Prepared>) -> Result<f64> {
     let mut seconds = 0.0;
     while let Some(chunk) = chunks.blocking_recv() {
         let start = Instant::now();
@@ -160,23 +151,18 @@ fn prepare(
 }
 
 /// Stage 3, a thread of its own: batches through the engine.
-fn score(
-    mut batcher: Batcher,
-    mut chunks: Receiver<Prepared>,
-    out: &Sender<Scored>,
-    progress: &Progress,
-) -> Result<(f64, u64)> {
+fn score(mut batcher: Batcher, mut chunks: Receiver<Prepared>, out: &Sender<Scored>) -> Result<(f64, u64)> {
     let mut ended = false;
     while !ended {
-        let before = batcher.pairs;
         match chunks.blocking_recv() {
             Some(chunk) => batcher.push(chunk)?,
+            // Nobody waits for the last batch of a job that was cancelled or could not be written.
+            None if out.is_closed() => ended = true,
             None => {
                 batcher.flush()?;
                 ended = true;
             }
         }
-        progress.add_pairs(batcher.pairs - before);
         while let Some(done) = batcher.pop() {
             if out.blocking_send(done).is_err() {
                 return Ok((batcher.seconds, batcher.pairs));
@@ -212,3 +198,7 @@ async fn write(
     }
     Ok((writer, totals))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+mod tests;

@@ -1,6 +1,8 @@
 //! Rows to model input: decode and resize the image, tokenise the captions. A row that cannot be prepared gets a status
 //! and a reason instead; nothing here ends a job.
 
+use std::panic::catch_unwind;
+
 use bytes::Bytes;
 use capsieve_prep::{DecodeLimits, ImageSpec, Tokenizer};
 use capsieve_store::{CaptionCell, Columns, ImageCell, InputRow, RowScore};
@@ -91,7 +93,10 @@ impl Preparer {
         // Captions first: they cost nothing beside an image that would be decoded in vain.
         let captions = self.captions(&row.captions)?;
         let limits = DecodeLimits { pixels_max: self.policy.image_pixels_max };
-        let pixels = capsieve_prep::prepare_image(bytes, &self.image, &limits);
+        // The decoders are other people's code on anybody's bytes: what breaks them is a bad row, not the end of the job.
+        let spec = &self.image;
+        let pixels = catch_unwind(|| capsieve_prep::prepare_image(bytes, spec, &limits));
+        let pixels = pixels.map_err(|_| Fault::new("decode_failed", "the decoder broke down on this image"))?;
         let pixels = pixels.map_err(|error| Fault::new(error.status(), chain(&error)))?;
         Ok(ReadyRow { pixels, captions })
     }

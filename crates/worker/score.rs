@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use capsieve_engine::{Heads, ItmToken};
-use capsieve_store::{ColumnOptions, Footer, Location, ObjectInfo, OutputHeads, OutputOptions, ShardReader, ShardWriter};
+use capsieve_store::{
+    ColumnOptions, Footer, Location, ObjectInfo, OutputHeads, OutputOptions, ShardReader, ShardWriter,
+};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
@@ -160,7 +162,8 @@ async fn complete(output: &Location, fingerprint: &str) -> Result<Outcome> {
 fn fingerprint(job: &ScoreJob, model: &str, input: &ObjectInfo) -> String {
     let ScoreJob { columns, heads, itm_token, thresholds, policy, drop_images, .. } = job;
     let identity = (input.size, &input.e_tag, input.modified);
-    let all = format!("{model} {identity:?} {columns:?} {heads:?} {itm_token:?} {thresholds:?} {policy:?} {drop_images}");
+    let all =
+        format!("{model} {identity:?} {columns:?} {heads:?} {itm_token:?} {thresholds:?} {policy:?} {drop_images}");
     hex(&Sha256::digest(all))
 }
 
@@ -184,7 +187,10 @@ fn output_options(
         ("capsieve.precision", "f32".to_owned()),
         ("capsieve.heads", heads.join(",")),
         ("capsieve.itm_token", token.to_owned()),
-        ("capsieve.source", serde_json::json!({ "uri": input.to_string(), "size": info.size, "etag": etag }).to_string()),
+        (
+            "capsieve.source",
+            serde_json::json!({ "uri": input.to_string(), "size": info.size, "etag": etag }).to_string(),
+        ),
         (FINGERPRINT, fingerprint.to_owned()),
     ];
     OutputOptions {

@@ -13,7 +13,7 @@ use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::{WriterProperties, WriterVersion};
 
-use super::{at, batch, options, rescore, scored, wait, write, write_with};
+use super::{at, batch, options, rescore, wait, write, write_with};
 
 fn table(rows: usize) -> RecordBatch {
     let images: ArrayRef =

@@ -215,3 +215,12 @@ fn errors_name_the_model_and_what_to_try() {
     let text = message(&gone, "Salesforce/other");
     assert!(text.contains("Salesforce/other") && text.contains("HF_ENDPOINT"), "{text}");
 }
+
+#[test]
+fn a_cache_that_cannot_be_written_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = folder.path().join("file");
+    std::fs::write(&cache, b"not a folder").unwrap();
+    let error = wait(fetch_model(&with(&[]).config(&cache), ID)).unwrap_err();
+    assert!(matches!(&error, Error::HubCache { path, .. } if path.ends_with("file")), "{error:?}");
+}

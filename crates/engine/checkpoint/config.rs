@@ -139,7 +139,10 @@ fn check_kind(root: &Value) -> Result<(), String> {
 }
 
 fn check(config: &Config, vision: &Fields<'_>, text: &Fields<'_>) -> Result<(), String> {
-    let parts = [("vision_config", config.vision.hidden, config.vision.heads), ("text_config", config.text.hidden, config.text.heads)];
+    let parts = [
+        ("vision_config", config.vision.hidden, config.vision.heads),
+        ("text_config", config.text.hidden, config.text.heads),
+    ];
     for (name, hidden, heads) in parts {
         if hidden % heads != 0 {
             return Err(format!("{name}.hidden_size {hidden} is not divisible by num_attention_heads {heads}"));
@@ -153,7 +156,9 @@ fn check(config: &Config, vision: &Fields<'_>, text: &Fields<'_>) -> Result<(), 
         return Err("vision_config.num_channels is not 3".to_owned());
     }
     if text.0 == "text_config" && text.1.get("is_decoder").and_then(Value::as_bool) == Some(false) {
-        return Err("text_config.is_decoder is false: such a text encoder has no cross-attention to match with".to_owned());
+        return Err(
+            "text_config.is_decoder is false: such a text encoder has no cross-attention to match with".to_owned()
+        );
     }
     Ok(())
 }

@@ -68,7 +68,8 @@ fn small_file(path: &Path) -> Result<Vec<u8>, Error> {
 fn indexed(folder: &Path, index: &Path) -> Result<Found, Error> {
     let bad = |reason: String| Error::Weights { path: index.to_owned(), reason };
     let json: Value = serde_json::from_slice(&small_file(index)?).map_err(|e| bad(format!("not valid JSON: {e}")))?;
-    let map = json.get("weight_map").and_then(Value::as_object).ok_or_else(|| bad("it has no weight_map".to_owned()))?;
+    let map =
+        json.get("weight_map").and_then(Value::as_object).ok_or_else(|| bad("it has no weight_map".to_owned()))?;
     let mut names = BTreeSet::new();
     for name in map.values() {
         let name = name.as_str().unwrap_or_default();

@@ -232,7 +232,9 @@ impl Machine<'_> {
         };
         let package = module.split('.').next().unwrap_or_default();
         if !INERT.contains(&package) {
-            return Err(format!("its pickle asks for {module}.{name}, which no weights need: refused, nothing was run"));
+            return Err(format!(
+                "its pickle asks for {module}.{name}, which no weights need: refused, nothing was run"
+            ));
         }
         self.push(Node::Global(format!("{module}.{name}")));
         Ok(())
@@ -261,7 +263,10 @@ impl Machine<'_> {
     }
 
     fn argument(&self, arguments: &[Handle], i: usize) -> Result<&Node, String> {
-        arguments.get(i).map(|handle| &self.nodes[*handle]).ok_or_else(|| "its pickle builds a tensor from too little".to_owned())
+        arguments
+            .get(i)
+            .map(|handle| &self.nodes[*handle])
+            .ok_or_else(|| "its pickle builds a tensor from too little".to_owned())
     }
 
     /// `_rebuild_tensor_v2(storage, offset, shape, strides, ...)`
@@ -353,7 +358,8 @@ mod tests {
 
     #[test]
     fn leftovers_of_training_are_inert() {
-        let mut pickle = b"\x80\x02}q\0(X\x04\0\0\0argscargparse\nNamespace\n)\x81}X\x01\0\0\0aK\x01sbX\x05\0\0\0model}u.".to_vec();
+        let mut pickle =
+            b"\x80\x02}q\0(X\x04\0\0\0argscargparse\nNamespace\n)\x81}X\x01\0\0\0aK\x01sbX\x05\0\0\0model}u.".to_vec();
         assert!(read(&pickle).unwrap().is_empty());
         pickle.pop();
         assert!(read(&pickle).unwrap_err().contains("cut short"));

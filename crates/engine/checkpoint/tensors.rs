@@ -97,9 +97,8 @@ impl Bytes {
         #[cfg(unix)]
         if let Bytes::Mapped { map, .. } = self {
             // SAFETY: the map is a shared read-only map of a file, so dropped pages come back from the file unchanged.
-            let dropped = unsafe {
-                map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
-            };
+            let dropped =
+                unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
             // Advice that is not taken costs memory, nothing else.
             drop(dropped);
         }

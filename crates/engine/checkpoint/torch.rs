@@ -23,7 +23,10 @@ pub(super) fn open(path: &Path) -> Result<Found, Error> {
     let bad = |reason: String| Error::Weights { path: path.to_owned(), reason };
     let bytes = file.get();
     if !bytes.starts_with(b"PK") {
-        return Err(bad("not a torch file of version 1.6 or later, nor safetensors: load it with torch and save it again".to_owned()));
+        return Err(bad(
+            "not a torch file of version 1.6 or later, nor safetensors: load it with torch and save it again"
+                .to_owned(),
+        ));
     }
     let zip = |source| Error::Zip { path: path.to_owned(), source };
     let mut archive = ZipArchive::new(Cursor::new(bytes)).map_err(zip)?;

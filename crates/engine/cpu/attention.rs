@@ -91,7 +91,15 @@ pub(super) fn attention(
     });
 }
 
-fn one_head(isa: Isa, room: &mut Head, [q, k, v]: [Strided<'_>; 3], span: &Span, head: usize, out: &Output, size: usize) {
+fn one_head(
+    isa: Isa,
+    room: &mut Head,
+    [q, k, v]: [Strided<'_>; 3],
+    span: &Span,
+    head: usize,
+    out: &Output,
+    size: usize,
+) {
     let (mr, nr) = tile_shape(isa);
     let padded = span.kv_len.next_multiple_of(nr);
     pack(room, [k, v], span, head, size, nr);

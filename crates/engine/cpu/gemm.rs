@@ -15,9 +15,9 @@ use rayon::prelude::*;
 
 use super::elementwise::gelu;
 use super::memory::Aligned;
-use super::simd::{Isa, Kind, Portable, Simd};
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
+use super::simd::{Isa, Kind, Portable, Simd};
 use crate::Error;
 use crate::backend::Epilogue;
 
@@ -200,10 +200,7 @@ impl Cut {
 
     fn task(&self, i: usize) -> Task {
         let (r, p) = (i / self.panel_blocks * self.row_block, i % self.panel_blocks * self.panel_block);
-        Task {
-            rows: r..(r + self.row_block).min(self.rows),
-            panels: p..(p + self.panel_block).min(self.panels),
-        }
+        Task { rows: r..(r + self.row_block).min(self.rows), panels: p..(p + self.panel_block).min(self.panels) }
     }
 }
 
@@ -235,7 +232,14 @@ impl Output {
 /// `out (=|gelu=|+=) x Wᵀ + b` over `rows` rows; `x [rows, w.inputs]`, `out [rows, w.outputs]`.
 ///
 /// Runs on the current rayon pool; `copies` has one entry per thread of it.
-pub(super) fn linear(isa: Isa, copies: &[Mutex<BlockCopy>], x: &[f32], w: &Packed, epilogue: Epilogue, out: &mut [f32]) {
+pub(super) fn linear(
+    isa: Isa,
+    copies: &[Mutex<BlockCopy>],
+    x: &[f32],
+    w: &Packed,
+    epilogue: Epilogue,
+    out: &mut [f32],
+) {
     let rows = x.len() / w.inputs;
     assert_eq!(x.len(), rows * w.inputs, "x is [rows, {}]", w.inputs);
     assert_eq!(out.len(), rows * w.outputs, "out is [{rows}, {}]", w.outputs);

@@ -87,12 +87,7 @@ impl<B: Backend> Bert<B> {
         })
     }
 
-    fn layer(
-        loader: &Loader<'_, B>,
-        config: &TextConfig,
-        image_width: usize,
-        j: usize,
-    ) -> Result<Layer<B>, Error> {
+    fn layer(loader: &Loader<'_, B>, config: &TextConfig, image_width: usize, j: usize) -> Result<Layer<B>, Error> {
         let (name, t, g) = (format!("text_encoder.encoder.layer.{j}"), config.hidden, config.intermediate);
         let part = |part: &str| format!("{name}.{part}");
         let own = ["query", "key", "value"].map(|x| part(&format!("attention.self.{x}")));

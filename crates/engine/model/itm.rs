@@ -66,7 +66,8 @@ impl<B: Backend> Model<B> {
         // A chunk must take at least the longest caption.
         let tokens_max = options.tokens_max.max(config.text.positions);
         let net = Net::load(&Loader { backend: &backend, checkpoint }, lut, options, tokens_max)?;
-        let info = Info { config, device: backend.device(), precision: "f32", images_max: options.images_max, tokens_max };
+        let info =
+            Info { config, device: backend.device(), precision: "f32", images_max: options.images_max, tokens_max };
         Ok(Self { backend, net, info })
     }
 
@@ -95,12 +96,7 @@ impl<B: Backend> Scorer for Model<B> {
 }
 
 impl<B: Backend> Net<B> {
-    fn load(
-        loader: &Loader<'_, B>,
-        lut: &PixelLut,
-        options: &Options,
-        tokens_max: usize,
-    ) -> Result<Self, Error> {
+    fn load(loader: &Loader<'_, B>, lut: &PixelLut, options: &Options, tokens_max: usize) -> Result<Self, Error> {
         let (backend, config) = (loader.backend, loader.checkpoint.config());
         let (v, t, p) = (config.vision.hidden, config.text.hidden, config.projection);
         let heads = options.heads;

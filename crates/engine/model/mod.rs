@@ -9,9 +9,9 @@ mod vit;
 
 pub use self::itm::Model;
 
+use crate::Error;
 use crate::backend::Backend;
 use crate::checkpoint::Checkpoint;
-use crate::Error;
 
 /// A place in the network whose value tests compare with the reference. Rows are what the buffer holds there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,0 +1,284 @@
+//! What happens when a stage fails, stalls or panics: the job ends with that stage's error, and nothing is written.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use arrow::array::{ArrayRef, AsArray, BinaryArray, Int32Array, RecordBatch, StringArray};
+use arrow::datatypes::Float32Type;
+use capsieve_engine::{Batch, Checkpoint, Info, PairScore, SyntheticSize};
+use capsieve_prep::{ImageSpec, Tokenizer};
+use capsieve_store::{ColumnOptions, OutputHeads, OutputOptions, ShardReader};
+use futures::stream;
+use tempfile::TempDir;
+
+use super::*;
+use crate::CaptionPolicy;
+
+/// A deadlock must fail, not stall the suite.
+const TIMEOUT: Duration = Duration::from_secs(60);
+const HEADS: Heads = Heads { itm: true, cosine: false };
+const ROWS: usize = 5;
+
+/// Gives the first caption ever the score 0, the next 1 and so on, and fails where it is told to.
+struct Counting {
+    info: Info,
+    next: u64,
+    behaviour: Behaviour,
+}
+
+enum Behaviour {
+    Score,
+    FailAt(u64),
+    PanicAt(u64),
+    /// Waits for a word before each batch.
+    Wait(Receiver<()>),
+}
+
+impl Scorer for Counting {
+    fn info(&self) -> &Info {
+        &self.info
+    }
+
+    fn score(&mut self, batch: &Batch, out: &mut Vec<PairScore>) -> Result<(), capsieve_engine::Error> {
+        assert!(batch.images() <= self.info.images_max, "the batch is as large as asked for");
+        let after = self.next + batch.captions() as u64;
+        match &self.behaviour {
+            Behaviour::FailAt(pair) if after > *pair => {
+                return Err(capsieve_engine::Error::Batch { reason: "failed on purpose".to_owned() });
+            }
+            Behaviour::PanicAt(pair) if after > *pair => panic!("on purpose"),
+            Behaviour::Wait(word) => word.recv().unwrap(),
+            _ => {}
+        }
+        out.clear();
+        out.extend((self.next..after).map(|n| PairScore { itm_logits: [0.0; 2], itm: n as f32, cosine: f32::NAN }));
+        self.next = after;
+        Ok(())
+    }
+}
+
+fn scorer(images_max: usize, behaviour: Behaviour) -> Box<dyn Scorer> {
+    let config = Checkpoint::synthetic(SyntheticSize::Tiny, 0).config().clone();
+    let info = Info { config, device: "none".to_owned(), precision: "f32", images_max, tokens_max: 512 };
+    Box::new(Counting { info, next: 0, behaviour })
+}
+
+/// A BMP of one pixel.
+fn image() -> Vec<u8> {
+    let mut bytes = b"BM\x3a\0\0\0\0\0\0\0\x36\0\0\0\x28\0\0\0\x01\0\0\0\x01\0\0\0\x01\0\x18\0".to_vec();
+    bytes.resize(54, 0);
+    bytes.extend([10, 20, 30, 0]);
+    bytes
+}
+
+/// Five rows; `number` makes the type of a column that is only carried along.
+fn rows(image: Option<&[u8]>, number: ArrayRef) -> RecordBatch {
+    let images: BinaryArray = [image; ROWS].into_iter().collect();
+    let captions = StringArray::from(vec!["a dog"; ROWS]);
+    let columns: [(&str, ArrayRef, bool); 3] =
+        [("image", Arc::new(images), true), ("caption", Arc::new(captions), true), ("number", number, true)];
+    RecordBatch::try_from_iter_with_nullable(columns).unwrap()
+}
+
+fn good() -> RecordBatch {
+    rows(Some(&image()), Arc::new(Int32Array::from(vec![7; ROWS])))
+}
+
+type Read = capsieve_store::Result<RecordBatch>;
+
+/// A job on `read`, whose output is out.parquet of the folder.
+struct Job<I> {
+    folder: TempDir,
+    read: I,
+    scorer: Box<dyn Scorer>,
+    fail_on_row: bool,
+}
+
+impl<I: Iterator<Item = Read> + Send + 'static> Job<I> {
+    fn new(read: I, scorer: Box<dyn Scorer>) -> Self {
+        Self { folder: tempfile::tempdir().unwrap(), read, scorer, fail_on_row: false }
+    }
+
+    fn output(&self) -> Location {
+        Location::parse(self.folder.path().join("out.parquet").to_str().unwrap()).unwrap()
+    }
+
+    /// Runs it on threads of its own; `None` if it panicked.
+    fn run(self) -> (TempDir, Option<Result<Totals>>) {
+        let output = self.output();
+        let Self { folder, read, scorer, fail_on_row } = self;
+        let (ended, end) = channel();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
+            let job = runtime.spawn(async move {
+                let columns = Columns::detect(good().schema_ref(), &ColumnOptions::default(), "rows").unwrap();
+                let writer = ShardWriter::create(&output, good().schema_ref(), &columns, &options()).await.unwrap();
+                let parts = (ImageSpec::blip(64), Tokenizer::bert_uncased());
+                let preparer = Preparer::new(1, parts, 512, CaptionPolicy::default()).unwrap();
+                let batches = stream::iter(read);
+                let progress = Progress::default();
+                run(Stages {
+                    batches,
+                    input: output,
+                    columns,
+                    preparer,
+                    scorer,
+                    heads: HEADS,
+                    writer,
+                    fail_on_row,
+                    progress,
+                })
+                .await
+            });
+            drop(ended.send(runtime.block_on(job).ok()));
+        });
+        (folder, end.recv_timeout(TIMEOUT).expect("the job ends"))
+    }
+
+    fn run_to_error(self) -> Error {
+        let (folder, ended) = self.run();
+        let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert!(left.is_empty(), "nothing is written, found {left:?}");
+        ended.expect("an error, no panic").expect_err("the job fails")
+    }
+}
+
+fn options() -> OutputOptions {
+    OutputOptions {
+        heads: OutputHeads { itm: true, cosine: false },
+        drop_images: false,
+        min_itm: None,
+        min_cosine: None,
+        metadata: Vec::new(),
+        overwrite: false,
+    }
+}
+
+fn chunks(count: usize) -> impl Iterator<Item = Read> + Send {
+    (0..count).map(|_| Ok(good()))
+}
+
+fn scores(folder: &TempDir) -> Vec<Option<f32>> {
+    let location = Location::parse(folder.path().join("out.parquet").to_str().unwrap()).unwrap();
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let reader = ShardReader::open(&location, &ColumnOptions::default()).await.unwrap();
+        let batches: Vec<_> = reader.into_stream(1000).collect().await;
+        let scores = |batch: &Read| {
+            let column = batch.as_ref().unwrap().column_by_name("itm_score").unwrap().clone();
+            column.as_primitive::<Float32Type>().iter().collect::<Vec<_>>()
+        };
+        batches.iter().flat_map(scores).collect()
+    })
+}
+
+#[test]
+fn rows_stay_in_order_across_chunks_and_batches() {
+    for images_max in [1, 3, 5, 12, 1000] {
+        let (folder, ended) = Job::new(chunks(9), scorer(images_max, Behaviour::Score)).run();
+        let totals = ended.unwrap().unwrap();
+        assert_eq!((totals.written.rows, totals.pairs), (45, 45));
+        assert_eq!(scores(&folder), (0..45).map(|n| Some(n as f32)).collect::<Vec<_>>(), "batches of {images_max}");
+    }
+}
+
+#[test]
+fn a_failing_reader_ends_the_job() {
+    for before in [0, 1, 20] {
+        let read = chunks(before).chain([Err(capsieve_store::Error::Cut { uri: "rows".to_owned() })]);
+        let error = Job::new(read, scorer(3, Behaviour::Score)).run_to_error();
+        assert!(matches!(error, Error::Store(capsieve_store::Error::Cut { .. })), "{error}");
+    }
+}
+
+#[test]
+fn a_failing_engine_ends_the_job() {
+    for pair in [0, 7, 99] {
+        let error = Job::new(chunks(20), scorer(3, Behaviour::FailAt(pair))).run_to_error();
+        assert!(matches!(error, Error::Engine(capsieve_engine::Error::Batch { .. })), "{error}");
+    }
+}
+
+#[test]
+fn a_failing_writer_ends_the_job_and_the_stages_before_it() {
+    let read = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&read);
+    // The schema changes: the writer cannot encode these rows.
+    let odd = || Ok(rows(Some(&image()), Arc::new(StringArray::from(vec!["seven"; ROWS]))));
+    let endless = std::iter::once(odd()).chain((0..100_000).map(|_| Ok(good()))).inspect(move |_| {
+        count.fetch_add(1, Ordering::Relaxed);
+    });
+    let error = Job::new(endless, scorer(3, Behaviour::Score)).run_to_error();
+    assert!(matches!(error, Error::Store(capsieve_store::Error::Encode { .. })), "{error}");
+    assert!(read.load(Ordering::Relaxed) < 1000, "reading ends with the writer");
+}
+
+#[test]
+fn a_failing_commit_leaves_what_was_there() {
+    let job = Job::new(chunks(3), scorer(3, Behaviour::Score));
+    let path = job.folder.path().join("out.parquet");
+    let other = path.clone();
+    // Somebody else's output appears while the job runs.
+    let read = chunks(3).chain(std::iter::once_with(move || {
+        std::fs::write(&other, "mine").unwrap();
+        Ok(good())
+    }));
+    let (folder, ended) = Job { folder: job.folder, read, scorer: job.scorer, fail_on_row: false }.run();
+    assert!(matches!(ended, Some(Err(Error::Store(capsieve_store::Error::Exists { .. })))), "{ended:?}");
+    assert_eq!(std::fs::read(path).unwrap(), b"mine");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no partial file stays");
+}
+
+#[test]
+fn the_first_bad_row_ends_a_strict_job() {
+    let read = chunks(2).chain([Ok(rows(None, Arc::new(Int32Array::from(vec![7; ROWS]))))]).chain(chunks(50));
+    let job = Job { fail_on_row: true, ..Job::new(read, scorer(3, Behaviour::Score)) };
+    let error = job.run_to_error();
+    assert!(matches!(error, Error::Row { row: 10, status: "null_image", .. }), "{error}");
+}
+
+#[test]
+fn a_panic_is_no_deadlock() {
+    let (folder, ended) = Job::new(chunks(50), scorer(3, Behaviour::PanicAt(30))).run();
+    assert!(ended.is_none(), "the panic goes on");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_slow_engine_holds_the_reader_back() {
+    let read = Arc::new(AtomicU64::new(0));
+    let (go, word) = channel();
+    let count = Arc::clone(&read);
+    let batches = chunks(200).inspect(move |_| {
+        count.fetch_add(1, Ordering::Relaxed);
+    });
+    let job = Job::new(batches, scorer(ROWS, Behaviour::Wait(word)));
+    let running = std::thread::spawn(move || job.run());
+    std::thread::sleep(Duration::from_millis(300));
+    let ahead = read.load(Ordering::Relaxed) as usize;
+    // One in the hands of each stage before the engine, the engine's own, and the channels between.
+    assert!(ahead <= CHUNKS_READ + CHUNKS_PREPARED + 3, "{ahead} chunks were read for an engine that waits");
+    (0..200).for_each(|_| go.send(()).unwrap());
+    assert_eq!(running.join().unwrap().1.unwrap().unwrap().written.rows, 1000);
+}
+
+#[test]
+fn rows_without_a_score_do_not_pile_up_behind_a_waiting_one() {
+    let read = Arc::new(AtomicU64::new(0));
+    let (count, seen) = (Arc::clone(&read), Arc::clone(&read));
+    let bad = (0..2000).map(|_| Ok(rows(None, Arc::new(Int32Array::from(vec![7; ROWS])))));
+    let batches = chunks(1).chain(bad).inspect(move |_| {
+        count.fetch_add(1, Ordering::Relaxed);
+    });
+    let (go, word) = channel();
+    // The one good chunk does not fill the batch; it must be scored long before the rows after it are all read.
+    let job = Job::new(batches, scorer(1000, Behaviour::Wait(word)));
+    let running = std::thread::spawn(move || job.run());
+    std::thread::sleep(Duration::from_millis(500));
+    let ahead = seen.load(Ordering::Relaxed);
+    go.send(()).unwrap();
+    let ended = running.join().unwrap().1;
+    assert!(ahead < 200, "{ahead} chunks wait for one batch");
+    assert_eq!(ended.unwrap().unwrap().written.rows, 5 * 2001);
+}
