@@ -13,3 +13,4 @@ mod pipeline;
 mod prep;
 mod store;
 mod support;
+mod tidy;

@@ -1,6 +1,6 @@
 //! Log lines and the one line of an error, on standard error.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 
 use tracing_subscriber::EnvFilter;
 
@@ -15,6 +15,7 @@ pub(crate) fn init(args: &LogArgs) {
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let lines = lines.with_ansi(std::io::stderr().is_terminal());
     match args.log_format {
         LogFormat::Text => lines.with_target(args.verbose > 0).init(),
         LogFormat::Json => lines.json().init(),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use capsieve_worker::Progress;
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-const BAR_INTERVAL: Duration = Duration::from_millis(200);
+const TICK: Duration = Duration::from_millis(200);
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 const BAR: &str = "{wide_bar} {pos}/{len} rows, {msg}";
 
@@ -14,10 +14,9 @@ const BAR: &str = "{wide_bar} {pos}/{len} rows, {msg}";
 pub(crate) async fn shown<T>(progress: &Progress, job: impl Future<Output = T>) -> T {
     tokio::pin!(job);
     let bar = stderr().is_terminal().then(bar);
-    let mut ticks = tokio::time::interval(if bar.is_some() { BAR_INTERVAL } else { LOG_INTERVAL });
-    // The first tick comes at once, when there is nothing to show.
-    ticks.tick().await;
-    let mut start = None;
+    let mut ticks = tokio::time::interval(TICK);
+    let mut start = Instant::now();
+    let mut logged = start;
     loop {
         tokio::select! {
             ended = &mut job => {
@@ -26,13 +25,15 @@ pub(crate) async fn shown<T>(progress: &Progress, job: impl Future<Output = T>) 
                 }
                 return ended;
             }
-            // Before the shard is open and the model loaded there is nothing to count.
-            _ = ticks.tick() => if progress.rows_total() > 0 {
-                let state = State::now(progress, *start.get_or_insert_with(Instant::now));
-                match &bar {
-                    Some(bar) => state.draw(bar),
-                    None => state.log(),
+            // The clock starts when the shard is open and the model loaded.
+            _ = ticks.tick() => match &bar {
+                _ if progress.rows_total() == 0 => (start, logged) = (Instant::now(), Instant::now()),
+                Some(bar) => State::now(progress, start).draw(bar),
+                None if logged.elapsed() >= LOG_INTERVAL => {
+                    State::now(progress, start).log();
+                    logged = Instant::now();
                 }
+                None => {}
             },
         }
     }

@@ -134,6 +134,7 @@ impl Batcher {
     }
 
     fn finish(&mut self, chunk: u64, row: usize, score: RowScore) {
+        self.progress.add_row(score.status == "ok");
         let open = &mut self.open[(chunk - self.first_open) as usize];
         assert!(open.rows[row].replace(score).is_none(), "row {row} was scored twice");
         open.missing -= 1;

@@ -79,10 +79,10 @@ where
     let (to_engine, prepared) = channel(CHUNKS_PREPARED);
     let (to_writer, scored) = channel(CHUNKS_SCORED);
     let reading = read(batches, &input, &columns, to_prepare);
-    let (for_prepare, batcher) = (columns.clone(), Batcher::new(scorer, heads, progress.clone()));
+    let (for_prepare, batcher) = (columns.clone(), Batcher::new(scorer, heads, progress));
     let preparing = spawn_blocking(move || prepare(&preparer, &for_prepare, chunks, &to_engine));
     let scoring = spawn_blocking(move || score(batcher, prepared, &to_writer));
-    let writing = write(writer, scored, fail_on_row, &progress);
+    let writing = write(writer, scored, fail_on_row);
     let (read, prepared, scored, written) = tokio::join!(reading, preparing, scoring, writing);
     // A panic of a stage is a bug and goes on as one.
     let (prepared, scored) = (joined(prepared), joined(scored));
@@ -177,7 +177,6 @@ async fn write(
     mut writer: ShardWriter,
     mut chunks: Receiver<Scored>,
     fail_on_row: bool,
-    progress: &Progress,
 ) -> Result<(ShardWriter, Totals)> {
     let mut totals = Totals::default();
     let mut first = 0;
@@ -193,8 +192,6 @@ async fn write(
         writer.write(&batch, &rows).await?;
         totals.write += start.elapsed().as_secs_f64();
         first += rows.len() as u64;
-        let failed = rows.iter().filter(|row| row.status != "ok").count() as u64;
-        progress.add_rows(rows.len() as u64, failed);
     }
     Ok((writer, totals))
 }

@@ -21,7 +21,7 @@ impl Progress {
         self.0.rows_total.load(Ordering::Relaxed)
     }
 
-    /// Rows written.
+    /// Rows that have their scores, or failed.
     pub fn rows(&self) -> u64 {
         self.0.rows.load(Ordering::Relaxed)
     }
@@ -44,8 +44,8 @@ impl Progress {
         self.0.pairs.fetch_add(pairs, Ordering::Relaxed);
     }
 
-    pub(crate) fn add_rows(&self, rows: u64, failed: u64) {
-        self.0.rows.fetch_add(rows, Ordering::Relaxed);
-        self.0.failed.fetch_add(failed, Ordering::Relaxed);
+    pub(crate) fn add_row(&self, scored: bool) {
+        self.0.rows.fetch_add(1, Ordering::Relaxed);
+        self.0.failed.fetch_add(u64::from(!scored), Ordering::Relaxed);
     }
 }

@@ -29,6 +29,9 @@ fn detect(columns: &[(&str, DataType)]) -> Result<Columns, Error> {
     Columns::detect(&schema(columns), &ColumnOptions::default(), "s.parquet")
 }
 
+/// Names and types of the columns; then where the image is and of what kind, the caption likewise, the key.
+type Case<'a> = (&'a [(&'a str, DataType)], usize, ImageKind, usize, CaptionKind, Option<usize>);
+
 #[test]
 fn layouts_in_the_wild() {
     use DataType::{Binary, Int64, LargeBinary, LargeUtf8, Utf8};
@@ -42,7 +45,7 @@ fn layouts_in_the_wild() {
         ("height", Int64),
         ("jpg", Binary),
     ];
-    let cases: [(&[(&str, DataType)], usize, ImageKind, usize, CaptionKind, Option<usize>); 9] = [
+    let cases: [Case<'_>; 9] = [
         (&img2dataset, 7, ImageKind::Binary, 0, CaptionKind::Text, Some(2)),
         (&[("image", hugging_face()), ("text", Utf8)], 0, ImageKind::Struct, 1, CaptionKind::Text, None),
         (&[("URL", Utf8), ("TEXT", Utf8)], 0, ImageKind::Uri, 1, CaptionKind::Text, None),
