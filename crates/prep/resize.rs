@@ -158,7 +158,7 @@ fn horizontal(pixels: &[u8], width: usize, weights: &Weights, out: &mut [u8]) {
     }
 }
 
-/// out[j] = clip(round(sum over k of weights[k] * rows[k * stride + j])) for one block of [`LANES`] bytes.
+/// `out[j] = clip(round(sum over k of weights[k] * rows[k * stride + j]))` for one block of [`LANES`] bytes.
 ///
 /// The sum stays inside i32: the weights of one output add up to 1 in 22 bits and their magnitudes to less than 1.6, so
 /// it is below 1.6 * 255 * 2^22 < 2^31. Wrapping operators, because a checked one would keep the loop scalar.

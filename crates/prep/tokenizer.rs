@@ -67,7 +67,7 @@ impl Tokenizer {
         Ok(Self { inner, cls, sep })
     }
 
-    /// [CLS] ids [SEP], however many there are. The empty caption is legal and gives the frame alone.
+    /// `[CLS] ids [SEP]`, however many there are. The empty caption is legal and gives the frame alone.
     ///
     /// # Errors
     /// When the tokenizers crate fails, which no text is known to cause.
@@ -80,7 +80,7 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// Like [`Tokenizer::encode`], but a longer sequence keeps its first `tokens_max - 1` ids and then ends with [SEP].
+    /// Like [`Tokenizer::encode`], but a longer sequence keeps its first `tokens_max - 1` ids and then ends with `[SEP]`.
     /// The frame itself is never cut: `tokens_max` below 2 counts as 2.
     ///
     /// # Errors

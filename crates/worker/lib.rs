@@ -4,7 +4,7 @@
 //! shard -> read (async) -> prepare (own thread, rayon) -> engine (own thread) -> write (async) -> scored shard
 //! ```
 //!
-//! Every arrow is a bounded channel in [`pipeline`]; every bound stands in [`limits`]. Knows no gRPC and prints nothing:
+//! Every arrow is a bounded channel in `pipeline.rs`; every bound stands in [`limits`]. Knows no gRPC and prints nothing:
 //! what a person sees is the caller's business. Invariants: one result for each input row, in input order; a bad row never
 //! costs another row; the output is there whole or not at all.
 #![forbid(unsafe_code)]
