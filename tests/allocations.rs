@@ -1,0 +1,38 @@
+//! The forward pass allocates nothing. A binary of its own, because it replaces the allocator of the whole process.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests stop at the first surprise and may print")]
+
+use capsieve_engine::{Batch, Checkpoint, Heads, ItmToken, Options, SyntheticSize};
+use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
+
+#[global_allocator]
+static ALLOCATOR: &StatsAlloc<std::alloc::System> = &INSTRUMENTED_SYSTEM;
+
+/// Bytes ten batches may allocate in all: the thread pool's queue of jobs grows by a small block now and then. One row of
+/// the smallest buffer would be more.
+const BYTES_MAX: usize = 8192;
+
+#[test]
+fn scoring_allocates_nothing() {
+    let checkpoint = Checkpoint::synthetic(SyntheticSize::Tiny, 1);
+    let heads = Heads { itm: true, cosine: true };
+    let options = Options { threads: 2, images_max: 4, tokens_max: 512, heads, itm_token: ItmToken::Cls };
+    let mut scorer = capsieve_engine::load(&checkpoint, &[[0.5; 256]; 3], &options).unwrap();
+    let mut batch = Batch::new(64);
+    for image in 0..4_u8 {
+        batch.push_image(&[image * 50; 64 * 64 * 3]);
+        for caption in 0..60_u32 {
+            let tokens: Vec<u32> = (0..5 + caption % 20).map(|i| 1000 + i * 7 + caption).collect();
+            batch.push_caption(&tokens);
+        }
+    }
+    let mut scores = Vec::new();
+    // The first batches grow the result and start the pool's threads.
+    (0..3).for_each(|_| scorer.score(&batch, &mut scores).unwrap());
+    let region = Region::new(ALLOCATOR);
+    (0..10).for_each(|_| scorer.score(&batch, &mut scores).unwrap());
+    let change = region.change();
+    println!("{} bytes in {} allocations", change.bytes_allocated, change.allocations);
+    assert_eq!(scores.len(), 240);
+    assert!(change.bytes_allocated <= BYTES_MAX, "{} bytes in {} allocations", change.bytes_allocated, change.allocations);
+}
