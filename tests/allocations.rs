@@ -34,5 +34,10 @@ fn scoring_allocates_nothing() {
     let change = region.change();
     println!("{} bytes in {} allocations", change.bytes_allocated, change.allocations);
     assert_eq!(scores.len(), 240);
-    assert!(change.bytes_allocated <= BYTES_MAX, "{} bytes in {} allocations", change.bytes_allocated, change.allocations);
+    assert!(
+        change.bytes_allocated <= BYTES_MAX,
+        "{} bytes in {} allocations",
+        change.bytes_allocated,
+        change.allocations
+    );
 }
