@@ -1,13 +1,13 @@
 //! Each operation of the CPU backend beside its bound: `cargo bench --bench ops [-- --threads N]`.
 //!
-//! Products and attention are compared with what the matrix tile reaches when its operands never leave L1 (measured in
-//! the same run), layer norm with nothing: compare its bytes per second with the machine's memory.
+//! Products and attention are compared with what multiply-adds between registers reach in the same run, layer norm with
+//! nothing: compare its bytes per second with the machine's memory.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark prints, and stops at the first surprise")]
 
 use std::time::Instant;
 
-use capsieve_engine::testing::{AttentionLimits, Backend, Columns, CpuBackend, Epilogue, Isa, Span};
+use capsieve_engine::testing::{AttentionLimits, Backend, Columns, CpuBackend, Epilogue, Isa, Span, multiply_adds};
 
 const ROUNDS: usize = 5;
 
@@ -25,21 +25,18 @@ fn values(count: usize) -> Vec<f32> {
     (0..count).map(|i| (i * 7919 % 1001) as f32 / 500.0 - 1.0).collect()
 }
 
-/// GFLOP/s of a tile kernel whose operands never leave L1: what this machine's multiply-adds can reach.
-fn peak(backend: &mut CpuBackend, threads: usize) -> f64 {
-    let (rows, cols, inputs) = (96 * threads, 64, 128);
-    let linear = backend.linear_weights(&values(cols * inputs), &values(cols), inputs).unwrap();
-    let x = backend.upload(rows, inputs, &values(rows * inputs)).unwrap();
-    let mut out = backend.alloc(rows, cols).unwrap();
-    let repeats = 200;
+/// GFLOP/s of multiply-adds that never leave the registers, on all threads: what this machine can reach.
+fn peak(isa: Isa, threads: usize) -> f64 {
+    const ROUNDS_OF_CHAINS: usize = 20_000_000;
+    let mut operations = 0;
     let seconds = best(|| {
-        backend.run(|backend| {
-            for _ in 0..repeats {
-                backend.linear(&x, rows, &linear, Epilogue::Store, &mut out);
-            }
+        operations = std::thread::scope(|scope| {
+            let work = || scope.spawn(move || multiply_adds(isa, ROUNDS_OF_CHAINS));
+            let running: Vec<_> = (0..threads).map(|_| work()).collect();
+            running.into_iter().map(|thread| thread.join().unwrap()).sum::<usize>()
         });
     });
-    2.0 * (rows * cols * inputs * repeats) as f64 / seconds / 1e9
+    operations as f64 / seconds / 1e9
 }
 
 fn products(backend: &mut CpuBackend, peak: f64) {
@@ -98,8 +95,8 @@ fn main() {
     for isa in Isa::available() {
         let mut backend = CpuBackend::new(threads, isa, AttentionLimits { keys: 577, head_size: 64 }).unwrap();
         let threads = if threads == 0 { std::thread::available_parallelism().unwrap().get() } else { threads };
-        let peak = peak(&mut backend, threads);
-        println!("\n{}: tile kernel in L1 {peak:.0} GFLOP/s", backend.device());
+        let peak = peak(isa, threads);
+        println!("\n{}: multiply-adds reach {peak:.0} GFLOP/s", backend.device());
         products(&mut backend, peak);
         attention(&mut backend, peak);
         layer_norm(&mut backend);

@@ -224,6 +224,16 @@ fn a_shard_of_no_rows_gives_a_shard_of_no_rows() {
 }
 
 #[test]
+fn rows_without_a_score_are_told_again_by_the_same_command() {
+    let folder = Folder::new(&shard(&[(Some(picture(1)), Some("a dog".to_owned())), (None, Some("a cat".to_owned()))]));
+    for _ in 0..2 {
+        let ran = folder.score("synthetic:tiny", &[]);
+        assert_eq!(ran.code, Some(3), "{ran:?}");
+        assert!(ran.stdout.contains("1 without a score"), "{ran:?}");
+    }
+}
+
+#[test]
 fn the_same_command_again_does_nothing_another_one_refuses() {
     let folder = Folder::new(&small(5));
     folder.scored("synthetic:tiny:1", &[]);

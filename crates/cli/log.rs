@@ -24,10 +24,19 @@ pub(crate) fn init(args: &LogArgs) {
 
 /// An error with its causes, in one line.
 pub(crate) fn error(error: &anyhow::Error, format: LogFormat) {
-    let line = format!("{error:#}").replace(['\n', '\r'], " ");
+    let line = causes(error).replace(['\n', '\r'], " ");
     match format {
         // Nothing is left to do when standard error is closed.
         LogFormat::Text => drop(writeln!(std::io::stderr(), "error: {line}")),
         LogFormat::Json => tracing::error!("{line}"),
     }
+}
+
+/// An error and its causes, outermost first. Libraries like to repeat the cause in their own message: said once is enough.
+fn causes(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |line, cause| match line.as_str() {
+        "" => cause,
+        said if said.contains(&cause) => line,
+        _ => format!("{line}: {cause}"),
+    })
 }

@@ -29,7 +29,7 @@ pub use error::Error;
 #[doc(hidden)]
 pub mod testing {
     pub use crate::backend::{Backend, Columns, Epilogue, Patches, Span, TextRows};
-    pub use crate::cpu::{AttentionLimits, CpuBackend, Isa};
+    pub use crate::cpu::{AttentionLimits, CpuBackend, Isa, multiply_adds};
     pub use crate::model::{Model, Observer, Tap};
 }
 

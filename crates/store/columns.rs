@@ -1,7 +1,7 @@
 //! Which columns of a shard are the image, the caption and the key: found by name and type, or named by the caller.
 //! Knows schemas only; the cells are read in `rows`.
 
-use arrow::datatypes::{DataType, Field, Schema};
+use arrow_schema::{DataType, Field, Schema};
 
 use crate::{Error, Result};
 

@@ -31,7 +31,7 @@ pub enum Error {
         scheme: String,
     },
     /// A folder where one object is needed.
-    #[error("{uri} is a folder, pass the Parquet files in it, for example {uri}/*.parquet")]
+    #[error("{uri} is a folder, name a Parquet file, for example {uri}/00000.parquet")]
     Folder {
         /// As given.
         uri: String,

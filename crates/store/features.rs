@@ -3,7 +3,7 @@
 //!
 //! Everything but the list of features stays as it was, byte by byte and in its order.
 
-use arrow::datatypes::{DataType, FieldRef};
+use arrow_schema::{DataType, FieldRef};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::value::RawValue;

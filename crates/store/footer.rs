@@ -3,12 +3,13 @@
 
 use std::sync::Arc;
 
-use arrow::datatypes::SchemaRef;
+use arrow_schema::SchemaRef;
 use parquet::DecodeResult;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use parquet::errors::ParquetError;
 use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataPushDecoder};
 
+use crate::output::SCORE_ERROR;
 use crate::{Error, Location, ObjectInfo, Result};
 
 /// Read from the end at once: the footer of most shards, so that opening one costs one request.
@@ -49,6 +50,18 @@ impl Footer {
     /// Rows, as the footer says.
     pub fn rows(&self) -> u64 {
         u64::try_from(self.metadata.metadata().file_metadata().num_rows()).unwrap_or_default()
+    }
+
+    /// Rows of a scored shard that have no score: those with a `score_error`. None where the file does not count nulls.
+    pub fn failed_rows(&self) -> Option<u64> {
+        let metadata = self.metadata.metadata();
+        let mut columns = metadata.file_metadata().schema_descr().columns().iter();
+        let index = columns.position(|column| column.path().parts() == [SCORE_ERROR])?;
+        let count = |group: &parquet::file::metadata::RowGroupMetaData| {
+            let chunk = group.column(index);
+            u64::try_from(chunk.num_values()).ok()?.checked_sub(chunk.statistics()?.null_count_opt()?)
+        };
+        metadata.row_groups().iter().map(count).sum()
     }
 
     /// Row groups.

@@ -14,11 +14,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use arrow::array::{
-    ArrayRef, BooleanArray, Float32Array, Float32Builder, Int32Array, ListBuilder, RecordBatch, StringArray,
-};
-use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
-use arrow::error::ArrowError;
+use arrow_array::builder::{Float32Builder, ListBuilder};
+use arrow_array::{ArrayRef, BooleanArray, Float32Array, Int32Array, RecordBatch, StringArray};
+use arrow_schema::{ArrowError, DataType, Field, FieldRef, Schema, SchemaRef};
 
 use crate::{CaptionKind, Columns, Error, Result, features};
 
@@ -27,7 +25,7 @@ const COSINE_SCORE: &str = "cosine_score";
 const BEST_CAPTION: &str = "best_caption";
 const KEEP: &str = "keep";
 const SCORE_STATUS: &str = "score_status";
-const SCORE_ERROR: &str = "score_error";
+pub(crate) const SCORE_ERROR: &str = "score_error";
 /// Every column an output of ours can have.
 const OURS: [&str; 6] = [ITM_SCORE, COSINE_SCORE, BEST_CAPTION, KEEP, SCORE_STATUS, SCORE_ERROR];
 /// Begins the keys of our file metadata.

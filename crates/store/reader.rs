@@ -3,8 +3,8 @@
 
 use std::ops::Range;
 
-use arrow::array::RecordBatch;
-use arrow::datatypes::SchemaRef;
+use arrow_array::RecordBatch;
+use arrow_schema::SchemaRef;
 use bytes::Bytes;
 use futures::Stream;
 use object_store::{OBJECT_STORE_COALESCE_DEFAULT, coalesce_ranges};

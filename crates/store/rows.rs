@@ -3,11 +3,12 @@
 //! A null on any level (row, struct, field, list, dictionary value) is [`ImageCell::Null`], [`CaptionCell::Null`] or a
 //! `None` in a list: the worker reports such rows as `null_image` and `null_caption`.
 
-use arrow::array::{
-    Array, ArrayRef, AsArray, BinaryArray, BinaryViewArray, LargeBinaryArray, LargeStringArray, RecordBatch,
-    StringArray, StringViewArray, StructArray,
+use arrow_array::cast::AsArray;
+use arrow_array::{
+    Array, ArrayRef, BinaryArray, BinaryViewArray, LargeBinaryArray, LargeStringArray, RecordBatch, StringArray,
+    StringViewArray, StructArray,
 };
-use arrow::datatypes::DataType;
+use arrow_schema::DataType;
 
 use crate::{CaptionKind, Columns, ImageKind, Result};
 

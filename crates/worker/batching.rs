@@ -52,7 +52,7 @@ pub(crate) struct Batcher {
 }
 
 struct OpenChunk {
-    prepared: arrow::array::RecordBatch,
+    prepared: arrow_array::RecordBatch,
     rows: Vec<Option<RowScore>>,
     missing: usize,
 }

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use arrow::array::{Array, ArrayRef, AsArray, BinaryArray, ListBuilder, RecordBatch, StringArray, StringBuilder};
-use arrow::compute::cast;
-use arrow::datatypes::DataType;
+use arrow_array::builder::{ListBuilder, StringBuilder};
+use arrow_array::cast::AsArray;
+use arrow_array::{Array, ArrayRef, BinaryArray, RecordBatch, StringArray};
 use capsieve_engine::{Batch, Config, Heads, ItmToken, Options, Scorer};
 use capsieve_store::{ColumnOptions, Columns, Location, OutputHeads, OutputOptions, ShardReader, ShardWriter};
 use futures::{StreamExt, pin_mut, stream};
@@ -112,10 +112,9 @@ impl Rows {
         pin_mut!(batches);
         let (mut images, mut captions) = (Vec::new(), Vec::new());
         while let Some(batch) = batches.next().await.transpose()? {
-            let column =
-                |name: &str, kind| cast(batch.column_by_name(name).expect("a bundled column"), kind).expect("its type");
-            images.extend(column("image", &DataType::Binary).as_binary::<i32>().iter().flatten().map(<[u8]>::to_vec));
-            captions.extend(column("caption", &DataType::Utf8).as_string::<i32>().iter().flatten().map(str::to_owned));
+            let column = |name: &str| batch.column_by_name(name).expect("a bundled column");
+            images.extend(column("image").as_binary::<i32>().iter().flatten().map(<[u8]>::to_vec));
+            captions.extend(column("caption").as_string::<i32>().iter().flatten().map(str::to_owned));
         }
         Ok(Self { images: images.iter().map(|image| Some(image.as_slice())).collect(), captions: captions.into() })
     }

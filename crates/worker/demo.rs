@@ -3,9 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
-use arrow::array::{Array, AsArray, RecordBatch};
-use arrow::compute::cast;
-use arrow::datatypes::{DataType, Float32Type};
+use arrow_array::cast::AsArray;
+use arrow_array::types::Float32Type;
+use arrow_array::{Array, RecordBatch};
 use capsieve_engine::{Heads, ItmToken};
 use capsieve_store::{ColumnOptions, Footer, Location, ShardReader};
 use futures::{StreamExt, pin_mut};
@@ -153,9 +153,8 @@ async fn read(output: &Path) -> Result<Vec<DemoRow>> {
 /// The shard is our own, so its columns are known.
 fn demo_rows(batch: &RecordBatch) -> Vec<DemoRow> {
     let column = |name: &str| batch.column_by_name(name).expect("a column of the bundled shard or of our output");
-    let text = |name: &str| cast(column(name), &DataType::Utf8).expect("a column of strings");
+    let text = |name: &str| column(name).as_string::<i32>();
     let (keys, captions, noise) = (text("key"), text("caption"), text("noise"));
-    let (keys, captions, noise) = (keys.as_string::<i32>(), captions.as_string::<i32>(), noise.as_string::<i32>());
     let matches = column("is_match").as_boolean();
     let score = |name: &str| column(name).as_primitive::<Float32Type>().clone();
     let (itm, cosine) = (score("itm_score"), score("cosine_score"));

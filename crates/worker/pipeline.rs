@@ -6,7 +6,7 @@
 
 use std::time::Instant;
 
-use arrow::array::RecordBatch;
+use arrow_array::RecordBatch;
 use bytes::Bytes;
 use capsieve_engine::{Heads, Scorer};
 use capsieve_store::{Columns, ImageCell, Location, RowScore, ShardWriter, Written};

@@ -102,6 +102,8 @@ pub enum Outcome {
     Complete {
         /// Its rows.
         rows: u64,
+        /// Those without a score.
+        failed: u64,
     },
 }
 
@@ -153,7 +155,10 @@ async fn complete(output: &Location, fingerprint: &str) -> Result<Outcome> {
     // What cannot be read is no output of ours.
     let footer = Footer::read(output).await.map_err(|_| foreign())?;
     match footer.schema().metadata().get(FINGERPRINT) {
-        Some(found) if found == fingerprint => Ok(Outcome::Complete { rows: footer.rows() }),
+        Some(found) if found == fingerprint => {
+            let failed = footer.failed_rows().unwrap_or_default();
+            Ok(Outcome::Complete { rows: footer.rows(), failed })
+        }
         _ => Err(foreign()),
     }
 }

@@ -25,16 +25,22 @@ pub(super) async fn run(args: ScoreArgs) -> anyhow::Result<ExitCode> {
     let job = job(args);
     let progress = Progress::default();
     match shown(&progress, capsieve_worker::score(&model, &job, &progress)).await? {
-        Outcome::Complete { rows } => {
+        Outcome::Complete { rows, failed } => {
             let rows = text::count(rows, "row");
-            text::print(&format!("{} is already complete: {rows}, nothing to do\n", job.output))?;
-            Ok(ExitCode::SUCCESS)
+            let line = format!("{} is already complete: {rows}, {failed} without a score, nothing to do\n", job.output);
+            text::print(&line)?;
+            Ok(status(failed))
         }
         Outcome::Done(stats) => {
             text::print(&summary(&stats))?;
-            Ok(if stats.failed == 0 { ExitCode::SUCCESS } else { ROWS_WITHOUT_SCORE.into() })
+            Ok(status(stats.failed))
         }
     }
+}
+
+/// The same for the run that scored a shard and for a later one that finds it complete.
+fn status(failed: u64) -> ExitCode {
+    if failed == 0 { ExitCode::SUCCESS } else { ROWS_WITHOUT_SCORE.into() }
 }
 
 const ONE_SHARD: &str = "one shard per run for now: pass one Parquet file, run the command again for the next";

@@ -13,7 +13,7 @@ use std::sync::Mutex;
 use rayon::prelude::*;
 
 use self::attention::Strided;
-pub use self::simd::Isa;
+pub use self::simd::{Isa, multiply_adds};
 use crate::backend::{Backend, Columns, Epilogue, Patches, Span, TextRows};
 use crate::{Error, PixelLut};
 

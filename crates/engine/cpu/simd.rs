@@ -189,6 +189,56 @@ pub(super) fn mul_add<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FUSED { a.mul_add(b, c) } else { a * b + c }
 }
 
+/// Independent chains of [`multiply_adds`]: more than latency times units, fewer than AVX2's registers.
+const CHAINS: usize = 12;
+
+/// # Safety
+/// The processor has the instruction set.
+#[inline(always)]
+unsafe fn chains<S: Simd>(rounds: usize) -> usize {
+    // SAFETY: the caller vouches for the instruction set; nothing here goes through a pointer.
+    unsafe {
+        let (factor, addend) = (S::splat(0.999), S::splat(0.001));
+        let mut sums = [addend; CHAINS];
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                *sum = S::fma(*sum, factor, addend);
+            }
+        }
+        std::hint::black_box(sums);
+    }
+    2 * S::LANES * CHAINS * rounds
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn chains_avx512(rounds: usize) -> usize {
+    // SAFETY: passed on to the caller.
+    unsafe { chains::<Avx512>(rounds) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn chains_avx2(rounds: usize) -> usize {
+    // SAFETY: passed on to the caller.
+    unsafe { chains::<Avx2>(rounds) }
+}
+
+/// Multiply-adds that touch nothing but registers, on this thread: the bound that benchmarks compare with. The
+/// floating-point operations done.
+pub fn multiply_adds(isa: Isa, rounds: usize) -> usize {
+    match isa.kind() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the Isa proves the features.
+        Kind::Avx512 => unsafe { chains_avx512(rounds) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the Isa proves the features.
+        Kind::Avx2 => unsafe { chains_avx2(rounds) },
+        // SAFETY: no features needed.
+        Kind::Portable => unsafe { chains::<Portable>(rounds) },
+    }
+}
+
 /// Compiles a loop for each instruction set and picks one at run time.
 ///
 /// `dispatch! { fn name(args) = body::<FUSED> }` makes `name(isa, args)`, which runs `body` (an `#[inline(always)]`

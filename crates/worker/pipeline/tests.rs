@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use arrow::array::{ArrayRef, AsArray, BinaryArray, Int32Array, RecordBatch, StringArray};
-use arrow::datatypes::Float32Type;
+use arrow_array::cast::AsArray;
+use arrow_array::types::Float32Type;
+use arrow_array::{ArrayRef, BinaryArray, Int32Array, RecordBatch, StringArray};
 use capsieve_engine::{Batch, Checkpoint, Info, PairScore, SyntheticSize};
 use capsieve_prep::{ImageSpec, Tokenizer};
 use capsieve_store::{ColumnOptions, OutputHeads, OutputOptions, ShardReader};
