@@ -10,6 +10,10 @@ use std::time::Duration;
 use arrow::array::{ArrayRef, AsArray, BinaryArray, ListBuilder, RecordBatch, StringArray, StringBuilder};
 use arrow::compute::concat_batches;
 use arrow::datatypes::Float32Type;
+#[cfg(feature = "emulator")]
+use capsieve_engine::Precision;
+#[cfg(feature = "emulator")]
+use capsieve_engine::testing::{CudaBackend, Emulated, Limits, Order};
 use capsieve_prep::RgbImage;
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
@@ -146,4 +150,15 @@ pub(crate) fn names(folder: &Path) -> Vec<String> {
     let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort_unstable();
     names
+}
+
+/// How the emulator's threads take turns. A missing barrier shows in some of them.
+#[cfg(feature = "emulator")]
+pub(crate) const ORDERS: [Order; 3] = [Order::Forward, Order::Reverse, Order::Shuffled(1)];
+
+/// The CUDA backend on the emulator.
+#[cfg(feature = "emulator")]
+pub(crate) fn emulated(order: Order, precision: Precision) -> CudaBackend<Emulated> {
+    let limits = Limits { images: 8, image_bytes: 384 * 384 * 3, rows: 2048 };
+    CudaBackend::new(Emulated::new(order).unwrap(), precision, limits).unwrap()
 }

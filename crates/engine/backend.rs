@@ -7,9 +7,10 @@
 //!   the output held before (except [`Epilogue::Accumulate`], which adds to it);
 //! * inputs and outputs never alias (the borrow checker sees to it);
 //! * shapes are the caller's promise: a violation is a bug and panics, it is never an `Err`;
-//! * nothing is allocated after loading.
+//! * nothing is allocated after loading;
+//! * work may be queued: what fails then is reported by the next [`Backend::read`], and what was queued after it is void.
 
-use crate::Error;
+use crate::{Error, Precision};
 
 /// What happens to a product before it is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,17 +74,25 @@ impl Patches {
 /// The operations of the model. Shapes: B images, N = patches + 1 image tokens, R packed text rows.
 pub trait Backend: Send {
     /// A matrix `[rows, cols]` of activations or table rows.
-    type Buf: Send;
+    type Buf: Send + Sync;
     /// A linear layer's weight and bias in the backend's own layout.
-    type Linear: Send;
+    type Linear: Send + Sync;
     /// A layer norm's gain, bias and eps.
-    type Norm: Send;
+    type Norm: Send + Sync;
 
     /// What computes, in words: "cpu (avx512, 2 threads)".
     fn device(&self) -> String;
 
+    /// Arithmetic of the products and storage of activations.
+    fn precision(&self) -> Precision;
+
     /// A matrix of activations with room for `rows` rows. Errors: no memory.
     fn alloc(&self, rows: usize, cols: usize) -> Result<Self::Buf, Error>;
+
+    /// A matrix for the products that leave the network, logits and features: f32 in every precision.
+    fn alloc_results(&self, rows: usize, cols: usize) -> Result<Self::Buf, Error> {
+        self.alloc(rows, cols)
+    }
 
     /// A matrix with the given content, `data.len() == rows * cols`.
     fn upload(&self, rows: usize, cols: usize, data: &[f32]) -> Result<Self::Buf, Error>;

@@ -18,6 +18,8 @@ mod backend;
 mod batch;
 mod checkpoint;
 mod cpu;
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+mod cuda;
 mod error;
 mod model;
 
@@ -30,6 +32,8 @@ pub use error::Error;
 pub mod testing {
     pub use crate::backend::{Backend, Columns, Epilogue, Patches, Span, TextRows};
     pub use crate::cpu::{AttentionLimits, CpuBackend, Isa, multiply_adds};
+    #[cfg(feature = "emulator")]
+    pub use crate::cuda::{CudaBackend, Emulated, Limits, Order};
     pub use crate::model::{Model, Observer, Tap};
 }
 
@@ -44,6 +48,32 @@ pub enum ItmToken {
     Cls,
     /// `[ENC]`, as the published weights were trained.
     Enc,
+}
+
+/// Arithmetic of the products and storage of activations; statistics, softmax and sums are f32 in all of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// 32-bit floats, products without shortcuts: the reference.
+    #[default]
+    F32,
+    /// 32-bit floats whose products round their inputs to 10 bits of mantissa.
+    Tf32,
+    /// 16-bit floats.
+    F16,
+    /// 16-bit floats with f32's range and 7 bits of mantissa.
+    Bf16,
+}
+
+impl Precision {
+    /// "f32", "tf32", "f16" or "bf16".
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Tf32 => "tf32",
+            Precision::F16 => "f16",
+            Precision::Bf16 => "bf16",
+        }
+    }
 }
 
 /// Which scores to compute; at least one.
@@ -77,8 +107,8 @@ pub struct Info {
     pub config: Config,
     /// What computes: "cpu (avx512, 2 threads)".
     pub device: String,
-    /// Arithmetic of the products: "f32".
-    pub precision: &'static str,
+    /// Arithmetic of the products.
+    pub precision: Precision,
     /// Most images of a batch.
     pub images_max: usize,
     /// Caption tokens per text pass.

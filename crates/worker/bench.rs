@@ -82,7 +82,7 @@ pub async fn bench(model: &LoadedModel, bench: &BenchOptions) -> Result<BenchRep
     let mut scorer = model.scorer(&options)?;
     let load_seconds = start.elapsed().as_secs_f64();
     let (engine, tokens) = engine(model, bench, &options, &rows, scorer.as_mut())?;
-    let (device, precision) = (scorer.info().device.clone(), scorer.info().precision);
+    let (device, precision) = (scorer.info().device.clone(), scorer.info().precision.name());
     let count = ((bench.seconds * engine / bench.captions as f64).ceil() as usize).next_multiple_of(options.images_max);
     let (pipeline, prepare) = pipeline(model, bench, &rows, scorer, count).await?;
     Ok(BenchReport {

@@ -128,7 +128,7 @@ pub async fn score(model: &LoadedModel, job: &ScoreJob, progress: &Progress) -> 
     let scorer = model.scorer(&engine_options(config, job.batch_size, job.threads, job.heads, job.itm_token))?;
     let parts = (model.image.clone(), model.tokenizer.clone());
     let preparer = Preparer::new(job.threads, parts, config.text.positions, job.policy)?;
-    let (device, precision, rows) = (scorer.info().device.clone(), scorer.info().precision, reader.rows());
+    let (device, precision, rows) = (scorer.info().device.clone(), scorer.info().precision.name(), reader.rows());
     progress.start(rows);
     let start = Instant::now();
     let stages = Stages {

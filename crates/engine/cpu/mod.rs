@@ -15,7 +15,7 @@ use rayon::prelude::*;
 use self::attention::Strided;
 pub use self::simd::{Isa, multiply_adds};
 use crate::backend::{Backend, Columns, Epilogue, Patches, Span, TextRows};
-use crate::{Error, PixelLut};
+use crate::{Error, PixelLut, Precision};
 
 /// Rows a task of a row-wise operation takes at least: below that, starting it costs more than its work.
 const ROWS_PER_TASK: usize = 16;
@@ -72,6 +72,10 @@ impl Backend for CpuBackend {
 
     fn device(&self) -> String {
         format!("cpu ({}, {} threads)", self.isa.name(), self.threads)
+    }
+
+    fn precision(&self) -> Precision {
+        Precision::F32
     }
 
     fn alloc(&self, rows: usize, cols: usize) -> Result<Self::Buf, Error> {

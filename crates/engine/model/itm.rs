@@ -66,8 +66,8 @@ impl<B: Backend> Model<B> {
         // A chunk must take at least the longest caption.
         let tokens_max = options.tokens_max.max(config.text.positions);
         let net = Net::load(&Loader { backend: &backend, checkpoint }, lut, options, tokens_max)?;
-        let info =
-            Info { config, device: backend.device(), precision: "f32", images_max: options.images_max, tokens_max };
+        let (device, precision) = (backend.device(), backend.precision());
+        let info = Info { config, device, precision, images_max: options.images_max, tokens_max };
         Ok(Self { backend, net, info })
     }
 
@@ -125,8 +125,8 @@ impl<B: Backend> Net<B> {
             },
             image_rows: backend.alloc(options.images_max, v)?,
             text_rows: backend.alloc(captions_max, t)?,
-            features: backend.alloc(captions_max.max(options.images_max), p)?,
-            logits: backend.alloc(captions_max, 2)?,
+            features: backend.alloc_results(captions_max.max(options.images_max), p)?,
+            logits: backend.alloc_results(captions_max, 2)?,
             host_images: vec![0.0; options.images_max * p],
             host_texts: vec![0.0; captions_max * p],
             host_logits: vec![0.0; captions_max * 2],

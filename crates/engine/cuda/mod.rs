@@ -1,0 +1,399 @@
+//! The CUDA backend: the operations of [`Backend`] as our own kernels and cuBLASLt products, in f16, bf16, tf32 or f32.
+//!
+//! Work is queued and only `read` waits, so an operation cannot answer with an error: the first failure is kept, what
+//! follows does nothing, and `read` reports it. Statistics, softmax and sums are f32 in every precision.
+//!
+//! Must not: allocate after loading, or hold anything of the network's shape.
+
+mod device;
+#[cfg(feature = "emulator")]
+mod emulated;
+mod kernels;
+
+use self::device::{Address, Device, Element, Product};
+#[cfg(feature = "emulator")]
+pub use self::emulated::{Emulated, Order};
+use self::kernels::{Attention, Matrix, NormParameters, Work};
+use crate::backend::{Backend, Columns, Epilogue, Patches, Span, TextRows};
+use crate::{Error, PixelLut, Precision};
+
+/// Values a row's stride is a multiple of: 16 bytes at 16 bits.
+const STRIDE: usize = 8;
+/// Lists of spans that are kept on the device: those of captions and of images alternate from layer to layer.
+const SPAN_LISTS: usize = 2;
+
+/// What the backend's index buffers must hold.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Most images of a batch, and bytes of one image's pixels.
+    pub images: usize,
+    /// Bytes of an image's pixels.
+    pub image_bytes: usize,
+    /// Most text rows of a chunk, of both heads.
+    pub rows: usize,
+}
+
+/// A matrix of activations or table rows.
+pub struct Buffer<M> {
+    memory: M,
+    rows: usize,
+    cols: usize,
+    ld: usize,
+    element: Element,
+}
+
+/// A linear layer: weight `[outputs, inputs]` in the precision's element, bias in that and in f32.
+pub struct Linear<M> {
+    weight: M,
+    bias: M,
+    bias_f32: M,
+    inputs: usize,
+    outputs: usize,
+    ld: usize,
+}
+
+/// A layer norm's parameters, in f32.
+pub struct Norm<M> {
+    gain: M,
+    bias: M,
+    cols: usize,
+    eps: f32,
+}
+
+/// A list of spans on the device, cut into tiles.
+struct SpanList<M> {
+    spans: Vec<Span>,
+    tile_rows: usize,
+    count: usize,
+    device_spans: M,
+    device_items: M,
+}
+
+/// The backend on a device.
+pub struct CudaBackend<D: Device> {
+    device: D,
+    precision: Precision,
+    limits: Limits,
+    pixels: D::Memory,
+    lut: D::Memory,
+    /// The table that `lut` holds.
+    lut_host: Option<Box<PixelLut>>,
+    ids: D::Memory,
+    places: D::Memory,
+    rows: D::Memory,
+    span_lists: [SpanList<D::Memory>; SPAN_LISTS],
+    /// The list used last.
+    newest: usize,
+    /// Room for what is uploaded or read.
+    bytes: Vec<u8>,
+    failed: Option<Error>,
+}
+
+impl<D: Device> CudaBackend<D> {
+    /// A backend with index buffers for `limits`. Errors: no memory.
+    pub fn new(device: D, precision: Precision, limits: Limits) -> Result<Self, Error> {
+        let list = || -> Result<_, Error> {
+            Ok(SpanList {
+                spans: Vec::with_capacity(limits.rows),
+                tile_rows: 0,
+                count: 0,
+                device_spans: device.alloc(limits.rows * 16)?,
+                device_items: device.alloc(limits.rows * 8)?,
+            })
+        };
+        let span_lists = [list()?, list()?];
+        let index = || device.alloc(limits.rows.max(limits.images) * 4);
+        Ok(Self {
+            pixels: device.alloc(limits.images * limits.image_bytes)?,
+            lut: device.alloc(3 * 256 * 4)?,
+            lut_host: None,
+            ids: index()?,
+            places: index()?,
+            rows: index()?,
+            span_lists,
+            newest: 0,
+            bytes: Vec::with_capacity(limits.rows * 16),
+            failed: None,
+            device,
+            precision,
+            limits,
+        })
+    }
+
+    fn element(&self) -> Element {
+        match self.precision {
+            Precision::F32 | Precision::Tf32 => Element::F32,
+            Precision::F16 => Element::F16,
+            Precision::Bf16 => Element::Bf16,
+        }
+    }
+
+    /// Does `work` unless something failed before; keeps its failure.
+    fn queue(&mut self, work: impl FnOnce(&mut Self) -> Result<(), Error>) {
+        if self.failed.is_none() {
+            self.failed = work(self).err();
+        }
+    }
+
+    fn buffer(&self, rows: usize, cols: usize, element: Element) -> Result<Buffer<D::Memory>, Error> {
+        let ld = cols.next_multiple_of(STRIDE);
+        let memory = self.device.alloc(rows * ld * element.bytes())?;
+        Ok(Buffer { memory, rows, cols, ld, element })
+    }
+
+    /// `data [rows, cols]` at the start of `to`, rows padded to `ld`.
+    fn fill(&self, to: &D::Memory, data: &[f32], (cols, ld): (usize, usize), element: Element) -> Result<(), Error> {
+        let mut bytes = Vec::with_capacity(data.len() / cols * ld * element.bytes());
+        for row in data.chunks_exact(cols) {
+            element.encode(row, &mut bytes);
+            bytes.resize(bytes.len() + (ld - cols) * element.bytes(), 0);
+        }
+        self.device.upload(&bytes, D::address(to))
+    }
+
+    fn vector(&self, data: &[f32], element: Element) -> Result<D::Memory, Error> {
+        let ld = data.len().next_multiple_of(STRIDE);
+        let memory = self.device.alloc(ld * element.bytes())?;
+        self.fill(&memory, data, (data.len(), ld), element)?;
+        Ok(memory)
+    }
+
+    /// Indices as i32 at `to`.
+    fn upload_indices(&mut self, indices: impl Iterator<Item = u32>, to: Address) -> Result<(), Error> {
+        self.bytes.clear();
+        self.bytes.extend(indices.flat_map(u32::to_le_bytes));
+        self.device.upload(&self.bytes, to)
+    }
+
+    /// The spans on the device, cut into tiles of `tile_rows` query rows; uploaded unless they are there already.
+    fn work(&mut self, spans: &[Span], tile_rows: usize) -> Result<Work, Error> {
+        if let Some((images, tokens)) = images_of(spans) {
+            return Ok(Work::Images { images, tokens });
+        }
+        let same = |list: &SpanList<_>| list.tile_rows == tile_rows && list.spans == spans;
+        let place = match self.span_lists.iter().position(same) {
+            Some(place) => place,
+            None => {
+                let place = (self.newest + 1) % SPAN_LISTS;
+                self.upload_spans(place, spans, tile_rows)?;
+                place
+            }
+        };
+        self.newest = place;
+        let list = &self.span_lists[place];
+        let (spans, items) = (D::address(&list.device_spans), D::address(&list.device_items));
+        Ok(Work::Spans { spans, items, count: list.count })
+    }
+
+    fn upload_spans(&mut self, place: usize, spans: &[Span], tile_rows: usize) -> Result<(), Error> {
+        let index = |value: usize| u32::try_from(value).expect("rows are limited when buffers are made");
+        // A tile has at least one row, so there are no more tiles than rows.
+        let rows: usize = spans.iter().map(|span| span.q_len).sum();
+        assert!(spans.len() <= self.limits.rows && rows <= self.limits.rows, "spans of {rows} rows");
+        let list = &mut self.span_lists[place];
+        list.spans.clear();
+        list.spans.extend_from_slice(spans);
+        (list.tile_rows, list.count) = (tile_rows, spans.iter().map(|span| span.q_len.div_ceil(tile_rows)).sum());
+        let (spans_at, items_at) = (D::address(&list.device_spans), D::address(&list.device_items));
+        self.upload_indices(spans.iter().flat_map(|s| [s.q, s.q_len, s.kv, s.kv_len].map(index)), spans_at)?;
+        let tiles = |(i, span): (usize, &Span)| {
+            (0..span.q_len).step_by(tile_rows).flat_map(move |first| [index(i), index(first)])
+        };
+        self.upload_indices(spans.iter().enumerate().flat_map(tiles), items_at)
+    }
+}
+
+/// Images and tokens where the spans are images that attend to themselves, one after the other.
+fn images_of(spans: &[Span]) -> Option<(usize, usize)> {
+    let tokens = spans.first()?.q_len;
+    let image = |(i, span): (usize, &Span)| {
+        span.q == i * tokens && span.kv == span.q && span.q_len == tokens && span.kv_len == tokens
+    };
+    spans.iter().enumerate().all(image).then_some((spans.len(), tokens))
+}
+
+impl<D: Device> Backend for CudaBackend<D> {
+    type Buf = Buffer<D::Memory>;
+    type Linear = Linear<D::Memory>;
+    type Norm = Norm<D::Memory>;
+
+    fn device(&self) -> String {
+        self.device.name()
+    }
+
+    fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    fn alloc(&self, rows: usize, cols: usize) -> Result<Self::Buf, Error> {
+        self.buffer(rows, cols, self.element())
+    }
+
+    fn alloc_results(&self, rows: usize, cols: usize) -> Result<Self::Buf, Error> {
+        self.buffer(rows, cols, Element::F32)
+    }
+
+    fn upload(&self, rows: usize, cols: usize, data: &[f32]) -> Result<Self::Buf, Error> {
+        assert_eq!(data.len(), rows * cols);
+        let buffer = self.alloc(rows, cols)?;
+        self.fill(&buffer.memory, data, (cols, buffer.ld), buffer.element)?;
+        Ok(buffer)
+    }
+
+    fn linear_weights(&self, weight: &[f32], bias: &[f32], inputs: usize) -> Result<Self::Linear, Error> {
+        let (outputs, ld, element) = (bias.len(), inputs.next_multiple_of(STRIDE), self.element());
+        assert_eq!(weight.len(), outputs * inputs, "weight of {outputs} x {inputs}");
+        let memory = self.device.alloc(outputs * ld * element.bytes())?;
+        self.fill(&memory, weight, (inputs, ld), element)?;
+        let (bias, bias_f32) = (self.vector(bias, element)?, self.vector(bias, Element::F32)?);
+        Ok(Linear { weight: memory, bias, bias_f32, inputs, outputs, ld })
+    }
+
+    fn norm_weights(&self, gain: &[f32], bias: &[f32], eps: f32) -> Result<Self::Norm, Error> {
+        let vector = |data| self.vector(data, Element::F32);
+        Ok(Norm { gain: vector(gain)?, bias: vector(bias)?, cols: gain.len(), eps })
+    }
+
+    fn patchify(&mut self, pixels: &[u8], patches: Patches, lut: &PixelLut, out: &mut Self::Buf) {
+        let Patches { image_size, patch_size } = patches;
+        let images = pixels.len() / (image_size * image_size * 3);
+        assert_eq!(pixels.len(), images * image_size * image_size * 3, "whole images of {image_size} px");
+        assert!(pixels.len() <= self.limits.images * self.limits.image_bytes);
+        self.queue(|this| {
+            if this.lut_host.as_deref() != Some(lut) {
+                this.fill(&this.lut, lut.as_flattened(), (256 * 3, 256 * 3), Element::F32)?;
+                this.lut_host = Some(Box::new(*lut));
+            }
+            let at = (D::address(&this.pixels), D::address(&this.lut));
+            this.device.upload(pixels, at.0)?;
+            kernels::patchify(&this.device, at, images, (image_size, patch_size), matrix::<D>(out))
+        });
+    }
+
+    fn image_tokens(&mut self, patches: &Self::Buf, images: usize, positions: &Self::Buf, out: &mut Self::Buf) {
+        let (patches, positions, out) = (matrix::<D>(patches), matrix::<D>(positions), matrix::<D>(out));
+        self.queue(|this| kernels::image_tokens(&this.device, patches, images, positions, out));
+    }
+
+    fn embed(
+        &mut self,
+        text: TextRows<'_>,
+        (words, positions): (&Self::Buf, &Self::Buf),
+        norm: &Self::Norm,
+        out: &mut Self::Buf,
+    ) {
+        let rows = text.ids.len();
+        assert!(text.places.len() == rows && rows <= self.limits.rows);
+        let inside = |indices: &[u32], table: &Self::Buf| indices.iter().all(|i| (*i as usize) < table.rows);
+        assert!(inside(text.ids, words) && inside(text.places, positions), "rows of their tables");
+        let (tables, norm, out) =
+            ((matrix::<D>(words), matrix::<D>(positions)), parameters::<D>(norm), matrix::<D>(out));
+        self.queue(|this| {
+            let at = (D::address(&this.ids), D::address(&this.places));
+            this.upload_indices(text.ids.iter().copied(), at.0)?;
+            this.upload_indices(text.places.iter().copied(), at.1)?;
+            kernels::embed(&this.device, at, rows, tables, norm, out)
+        });
+    }
+
+    fn linear(&mut self, x: &Self::Buf, rows: usize, w: &Self::Linear, epilogue: Epilogue, out: &mut Self::Buf) {
+        assert!(x.cols == w.inputs && out.cols == w.outputs && rows <= x.rows && rows <= out.rows);
+        assert_eq!(x.element, self.element(), "results are no inputs");
+        let bias = if out.element == Element::F32 { &w.bias_f32 } else { &w.bias };
+        let product = Product {
+            m: rows,
+            n: w.outputs,
+            k: w.inputs,
+            x: D::address(&x.memory),
+            ld_x: x.ld,
+            w: D::address(&w.weight),
+            ld_w: w.ld,
+            bias: D::address(bias),
+            out: D::address(&out.memory),
+            ld_out: out.ld,
+            element: x.element,
+            out_element: out.element,
+            accumulate: epilogue == Epilogue::Accumulate,
+        };
+        let out = matrix::<D>(out);
+        self.queue(|this| {
+            if rows == 0 {
+                return Ok(());
+            }
+            // SAFETY: x has `rows` rows of `inputs`, the weight `outputs` rows of `inputs`, the bias `outputs` values and
+            // out `rows` rows of `outputs`, by the assertions and by how the weights were made; out is borrowed mutably,
+            // so it is no other buffer.
+            unsafe { this.device.product(&product)? };
+            if epilogue == Epilogue::Gelu { kernels::gelu(&this.device, out, rows) } else { Ok(()) }
+        });
+    }
+
+    fn layer_norm(&mut self, x: &Self::Buf, rows: usize, norm: &Self::Norm, out: &mut Self::Buf) {
+        let (x, norm, out) = (matrix::<D>(x), parameters::<D>(norm), matrix::<D>(out));
+        self.queue(|this| if rows == 0 { Ok(()) } else { kernels::layer_norm(&this.device, x, rows, norm, out) });
+    }
+
+    fn attention(&mut self, qkv: [Columns<'_, Self::Buf>; 3], spans: &[Span], heads: usize, out: &mut Self::Buf) {
+        let [q, k, v] = &qkv;
+        for span in spans {
+            let (q_end, kv_end) = (span.q + span.q_len, span.kv + span.kv_len);
+            assert!(q_end <= q.buf.rows.min(out.rows) && kv_end <= k.buf.rows.min(v.buf.rows) && span.kv_len > 0);
+        }
+        let longest = |len: fn(&Span) -> usize| spans.iter().map(len).max().unwrap_or(0);
+        let most = (longest(|span| span.q_len), longest(|span| span.kv_len));
+        let first_cols = qkv.each_ref().map(|columns| columns.first);
+        let kernel = Attention::choose(out.element, out.cols / heads, first_cols, most);
+        let (qkv, out) = (qkv.map(|columns| (matrix::<D>(columns.buf), columns.first)), matrix::<D>(out));
+        self.queue(|this| {
+            if most.0 == 0 {
+                return Ok(());
+            }
+            let work = this.work(spans, kernel.rows())?;
+            kernels::attention(&this.device, kernel, qkv, work, heads, out)
+        });
+    }
+
+    fn copy_rows(&mut self, x: &Self::Buf, rows: usize, out: &mut Self::Buf) {
+        assert!(x.ld == out.ld && x.element == out.element && rows <= x.rows && rows <= out.rows);
+        let (from, to, bytes) = (D::address(&x.memory), D::address(&out.memory), rows * x.ld * x.element.bytes());
+        self.queue(|this| this.device.copy(from, to, bytes));
+    }
+
+    fn take_rows(&mut self, x: &Self::Buf, rows: &[usize], out: &mut Self::Buf) {
+        assert!(rows.iter().all(|row| *row < x.rows) && rows.len() <= self.limits.rows.max(self.limits.images));
+        let (x, out) = (matrix::<D>(x), matrix::<D>(out));
+        self.queue(|this| {
+            let at = D::address(&this.rows);
+            this.upload_indices(rows.iter().map(|row| u32::try_from(*row).expect("rows fit in i32")), at)?;
+            if rows.is_empty() { Ok(()) } else { kernels::take_rows(&this.device, x, at, rows.len(), out) }
+        });
+    }
+
+    fn read(&mut self, buf: &Self::Buf, out: &mut [f32]) -> Result<(), Error> {
+        assert_eq!(out.len() % buf.cols, 0, "whole rows");
+        if let Some(error) = self.failed.take() {
+            return Err(error);
+        }
+        let (rows, row_bytes) = (out.len() / buf.cols, buf.ld * buf.element.bytes());
+        assert!(rows <= buf.rows);
+        self.bytes.resize(rows * row_bytes, 0);
+        self.device.download(D::address(&buf.memory), &mut self.bytes)?;
+        for (row, bytes) in out.chunks_exact_mut(buf.cols).zip(self.bytes.chunks_exact(row_bytes)) {
+            buf.element.decode(&bytes[..buf.cols * buf.element.bytes()], row);
+        }
+        Ok(())
+    }
+
+    fn run<R: Send>(&mut self, work: impl FnOnce(&mut Self) -> R + Send) -> R {
+        work(self)
+    }
+}
+
+fn matrix<D: Device>(buffer: &Buffer<D::Memory>) -> Matrix {
+    let Buffer { memory, rows, cols, ld, element } = buffer;
+    Matrix { at: D::address(memory), rows: *rows, cols: *cols, ld: *ld, element: *element }
+}
+
+fn parameters<D: Device>(norm: &Norm<D::Memory>) -> NormParameters {
+    NormParameters { gain: D::address(&norm.gain), bias: D::address(&norm.bias), cols: norm.cols, eps: norm.eps }
+}
