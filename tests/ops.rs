@@ -96,7 +96,7 @@ macro_rules! on_every_backend {
             #[cfg(feature = "emulator")]
             for order in crate::support::ORDERS {
                 for precision in [Precision::F32, Precision::F16, Precision::Bf16] {
-                    let mut backend = crate::support::emulated(order, precision);
+                    let mut backend = crate::support::emulated(order, precision, 2048);
                     let on = On { name: format!("emulator {order:?} {}", precision.name()), precision };
                     checks::$test(&mut backend, &on);
                 }

@@ -156,9 +156,9 @@ pub(crate) fn names(folder: &Path) -> Vec<String> {
 #[cfg(feature = "emulator")]
 pub(crate) const ORDERS: [Order; 3] = [Order::Forward, Order::Reverse, Order::Shuffled(1)];
 
-/// The CUDA backend on the emulator.
+/// The CUDA backend on the emulator, with room for `rows` text rows.
 #[cfg(feature = "emulator")]
-pub(crate) fn emulated(order: Order, precision: Precision) -> CudaBackend<Emulated> {
-    let limits = Limits { images: 8, image_bytes: 384 * 384 * 3, rows: 2048 };
+pub(crate) fn emulated(order: Order, precision: Precision, rows: usize) -> CudaBackend<Emulated> {
+    let limits = Limits { images: 8, image_bytes: 384 * 384 * 3, rows };
     CudaBackend::new(Emulated::new(order).unwrap(), precision, limits).unwrap()
 }
