@@ -74,7 +74,7 @@ __device__ __forceinline__ void attention_rows(const AttentionArgs& a) {
 }
 
 #define ROWS_KERNEL(suffix, T)                                                                                         \
-  extern "C" __global__ void __launch_bounds__(128) attention_rows_##suffix(const __grid_constant__ AttentionArgs a) { \
+  extern "C" __global__ void __launch_bounds__(128, 4) attention_rows_##suffix(const __grid_constant__ AttentionArgs a) { \
     attention_rows<T>(a);                                                                                              \
   }                                                                                                                    \
   EXPORT_KERNEL(attention_rows_##suffix);

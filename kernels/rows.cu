@@ -77,13 +77,18 @@ __device__ __forceinline__ void embed(const int* ids, const int* places, const T
                                       float eps) {
   const int row = blockIdx.x * ROW_WARPS + threadIdx.x / WARP;
   if (row >= rows) return;
-  float v[ROW_VECTORS][VEC] = {}, p[ROW_VECTORS][VEC] = {};
+  const T* position = positions + row_offset(places[row], ld);
+  float v[ROW_VECTORS][VEC] = {};
   load_row(v, words + row_offset(ids[row], ld), cols);
-  load_row(p, positions + row_offset(places[row], ld), cols);
 #pragma unroll
-  for (int i = 0; i < ROW_VECTORS; i++)
+  for (int i = 0; i < ROW_VECTORS; i++) {
+    int first = (i * WARP + threadIdx.x % WARP) * VEC;
+    if (first >= cols) continue;
+    float p[VEC];
+    load8(p, position + first);
 #pragma unroll
-    for (int e = 0; e < VEC; e++) v[i][e] += p[i][e];
+    for (int e = 0; e < VEC; e++) v[i][e] += p[e];
+  }
   norm_and_store(v, out + row_offset(row, ld), gain, bias, cols, eps);
 }
 
@@ -132,12 +137,12 @@ __device__ __forceinline__ void take_rows(const T* x, const int* rows, T* out, i
 }
 
 #define ROW_KERNELS(suffix, T)                                                                                 \
-  extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP) layer_norm_##suffix(                           \
+  extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP, 2) layer_norm_##suffix(                        \
       const T* x, const float* gain, const float* bias, T* out, int rows, int cols, int ld, float eps) {       \
     layer_norm(x, gain, bias, out, rows, cols, ld, eps);                                                       \
   }                                                                                                            \
   EXPORT_KERNEL(layer_norm_##suffix);                                                                          \
-  extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP)                                                \
+  extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP, 2)                                             \
       embed_##suffix(const int* ids, const int* places, const T* words, const T* positions, const float* gain, \
                      const float* bias, T* out, int rows, int cols, int ld, float eps) {                       \
     embed(ids, places, words, positions, gain, bias, out, rows, cols, ld, eps);                                \

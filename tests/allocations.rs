@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests stop at the first surprise and may print")]
 
-use capsieve_engine::{Batch, Checkpoint, Heads, ItmToken, Options, SyntheticSize};
+use capsieve_engine::{Batch, Checkpoint, Device, Heads, ItmToken, Options, Precision, SyntheticSize};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
 #[global_allocator]
@@ -16,7 +16,15 @@ const BYTES_MAX: usize = 8192;
 fn scoring_allocates_nothing() {
     let checkpoint = Checkpoint::synthetic(SyntheticSize::Tiny, 1);
     let heads = Heads { itm: true, cosine: true };
-    let options = Options { threads: 2, images_max: 4, tokens_max: 512, heads, itm_token: ItmToken::Cls };
+    let options = Options {
+        device: Device::Cpu,
+        precision: Precision::F32,
+        threads: 2,
+        images_max: 4,
+        tokens_max: 512,
+        heads,
+        itm_token: ItmToken::Cls,
+    };
     let mut scorer = capsieve_engine::load(&checkpoint, &[[0.5; 256]; 3], &options).unwrap();
     let mut batch = Batch::new(64);
     for image in 0..4_u8 {

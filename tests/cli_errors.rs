@@ -318,7 +318,6 @@ fn what_this_build_lacks_is_said() {
     let folder = Folder::new(&good());
     let input = folder.path("in.parquet").display().to_string();
     let here = folder.0.path().display().to_string();
-    assert_failed(&folder.score(MODEL, "in.parquet", &["--device", "cuda:0"]), &["no CUDA", "--device cpu"], "cuda");
     assert_failed(&folder.score(MODEL, "in.parquet", &["--precision", "bf16"]), &["bf16", "f32"], "bf16");
     assert_failed(&folder.score(MODEL, "in.parquet", &["--input", &input]), &["one shard per run"], "two inputs");
     for prefix in [here.clone(), format!("{here}/"), format!("{here}/*.parquet")] {
@@ -327,6 +326,25 @@ fn what_this_build_lacks_is_said() {
         assert_failed(&ran, &["one shard per run"], &prefix);
     }
     assert_eq!(names(folder.0.path()), ["in.parquet"]);
+}
+
+#[test]
+fn a_missing_card_is_an_error_or_for_auto_one_line() {
+    let folder = Folder::new(&good());
+    let why = if cfg!(feature = "cuda") { "driver" } else { "this build has no CUDA" };
+    if capsieve_engine::check_cuda(0).is_ok() {
+        println!("skipped: this machine has a card");
+        return;
+    }
+    for device in ["cuda", "cuda:0", "cuda:7,8"] {
+        let ran = folder.score(MODEL, "in.parquet", &["--device", device]);
+        assert_failed(&ran, &["cuda:", why, "--device cpu"], device);
+    }
+    assert_eq!(names(folder.0.path()), ["in.parquet"]);
+    let ran = folder.score(MODEL, "in.parquet", &["--device", "auto"]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let lines = ran.stderr.lines().filter(|line| line.contains("computing on the CPU")).count();
+    assert_eq!(lines, usize::from(cfg!(feature = "cuda")), "{ran:?}");
 }
 
 #[test]

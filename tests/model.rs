@@ -1,11 +1,9 @@
 //! The whole forward pass against PyTorch: scores of all pairs and values inside the network, on every instruction set.
 
 #[cfg(feature = "emulator")]
-use capsieve_engine::Precision;
-#[cfg(feature = "emulator")]
 use capsieve_engine::testing::Order;
 use capsieve_engine::testing::{AttentionLimits, Backend, CpuBackend, Isa, Model, Observer, Tap};
-use capsieve_engine::{Batch, Checkpoint, Heads, ItmToken, Options, PairScore, Scorer};
+use capsieve_engine::{Batch, Checkpoint, Device, Heads, ItmToken, Options, PairScore, Precision, Scorer};
 
 use crate::oracle::{Oracle, pixel_lut};
 
@@ -22,6 +20,8 @@ const STATE_TOLERANCE: f64 = 1e-4;
 const REGROUPED_TOLERANCE: f32 = 2e-6;
 
 const OPTIONS: Options = Options {
+    device: Device::Cpu,
+    precision: Precision::F32,
     threads: 2,
     images_max: 6,
     tokens_max: 200,

@@ -7,7 +7,8 @@ use arrow::array::{RecordBatch, UInt32Array};
 use arrow::compute::take_record_batch;
 use capsieve_store::ColumnOptions;
 use capsieve_worker::{
-    CaptionPolicy, Heads, ItmToken, LoadedModel, Outcome, Progress, ScoreJob, Stats, Thresholds, score,
+    CaptionPolicy, DeviceChoice, EngineChoice, Heads, ItmToken, LoadedModel, Outcome, Progress, ScoreJob, Stats,
+    Thresholds, score,
 };
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -41,8 +42,7 @@ impl Job {
             drop_images: false,
             fail_on_row: false,
             overwrite: false,
-            batch_size: 0,
-            threads: 0,
+            engine: EngineChoice { device: DeviceChoice::Cpu, ..EngineChoice::default() },
         };
         Self { folder, job }
     }
@@ -94,7 +94,7 @@ fn batches_chunks_and_row_groups_do_not_show() {
     assert!(scores.windows(2).any(|pair| pair[0] != pair[1]), "the rows have different scores");
     for (batch_size, group_rows, threads) in [(1, 1000, 0), (3, 7, 1), (7, 75, 2), (32, 1, 3), (100, 33, 0)] {
         let mut job = Job::new(&batch, group_rows);
-        (job.job.batch_size, job.job.threads) = (batch_size, threads);
+        (job.job.engine.batch_size, job.job.engine.threads) = (batch_size, threads);
         let (found, stats) = job.run();
         assert_close(&found, &expected, &format!("batches of {batch_size}, row groups of {group_rows}"));
         assert_eq!(texts(&found, "key"), texts(&batch, "key"), "input order");
@@ -254,7 +254,7 @@ proptest! {
     ) {
         let batch = shard(&kinds.iter().map(Kind::row).collect::<Vec<_>>());
         let mut job = Job::new(&batch, group_rows);
-        job.job.batch_size = batch_size;
+        job.job.engine.batch_size = batch_size;
         let (found, stats) = job.run();
         for name in ["key", "caption"] {
             prop_assert_eq!(texts(&found, name), texts(&batch, name));

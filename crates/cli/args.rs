@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use capsieve_worker::{Heads, ItmToken, SynthSize};
+use capsieve_worker::{DeviceChoice, EngineChoice, Heads, ItmToken, Precision, SynthSize};
 use clap::builder::FalseyValueParser;
 use clap::{ArgAction, Args as Group, Parser, Subcommand, ValueEnum};
 
@@ -48,14 +48,14 @@ pub(crate) enum Command {
     Bench(BenchArgs),
 }
 
-#[derive(Debug, Group)]
+#[derive(Clone, Debug, Group)]
 pub(crate) struct EngineArgs {
     /// What computes: auto, cpu, cuda or cuda:N[,N...]
     #[arg(long, env = "CAPSIEVE_DEVICE", default_value = "auto", value_parser = device)]
     pub(crate) device: Device,
-    /// Arithmetic of the products; the CPU has f32
-    #[arg(long, env = "CAPSIEVE_PRECISION", default_value = "f32")]
-    pub(crate) precision: Precision,
+    /// Arithmetic of the products; the CPU has f32, cards all; auto: f16 on cards
+    #[arg(long, env = "CAPSIEVE_PRECISION", default_value = "auto")]
+    pub(crate) precision: PrecisionArg,
     /// Images that go through the engine at a time: a number, or auto
     #[arg(long, env = "CAPSIEVE_BATCH_SIZE", value_name = "N|auto", default_value = "auto", value_parser = batch_size)]
     pub(crate) batch_size: BatchSize,
@@ -204,18 +204,29 @@ pub(crate) enum Size {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Precision {
+pub(crate) enum PrecisionArg {
+    Auto,
     F32,
+    Tf32,
     Bf16,
     F16,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Device {
-    Auto,
-    Cpu,
-    Cuda,
+impl From<EngineArgs> for EngineChoice {
+    fn from(args: EngineArgs) -> Self {
+        let precision = match args.precision {
+            PrecisionArg::Auto => None,
+            PrecisionArg::F32 => Some(Precision::F32),
+            PrecisionArg::Tf32 => Some(Precision::Tf32),
+            PrecisionArg::Bf16 => Some(Precision::Bf16),
+            PrecisionArg::F16 => Some(Precision::F16),
+        };
+        Self { device: args.device.0, precision, batch_size: args.batch_size.0, threads: args.threads }
+    }
 }
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Device(pub(crate) DeviceChoice);
 
 /// Images of a batch; 0: the worker chooses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -246,14 +257,16 @@ impl From<Size> for SynthSize {
 }
 
 fn device(text: &str) -> Result<Device, String> {
-    let numbers = |list: &str| list.split(',').all(|number| number.parse::<u16>().is_ok());
-    match text {
-        "auto" => Ok(Device::Auto),
-        "cpu" => Ok(Device::Cpu),
-        "cuda" => Ok(Device::Cuda),
-        other if other.strip_prefix("cuda:").is_some_and(numbers) => Ok(Device::Cuda),
-        _ => Err("expected auto, cpu, cuda or cuda:N[,N...]".to_owned()),
-    }
+    let bad = || "expected auto, cpu, cuda or cuda:N[,N...]".to_owned();
+    let number = |number: &str| number.parse().map_err(|_| bad());
+    let numbers = |list: &str| list.split(',').map(number).collect::<Result<Vec<usize>, _>>();
+    let choice = match text {
+        "auto" => DeviceChoice::Auto,
+        "cpu" => DeviceChoice::Cpu,
+        "cuda" => DeviceChoice::Cuda(vec![0]),
+        other => DeviceChoice::Cuda(numbers(other.strip_prefix("cuda:").ok_or_else(bad)?)?),
+    };
+    Ok(Device(choice))
 }
 
 fn batch_size(text: &str) -> Result<BatchSize, String> {

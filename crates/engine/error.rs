@@ -123,6 +123,62 @@ pub enum Error {
         /// What was asked for.
         bytes: usize,
     },
+    /// CUDA cannot be used on this machine, or not this card.
+    #[error("cuda:{ordinal} cannot be used: {reason}; --device cpu computes without it")]
+    NoCuda {
+        /// The card that was asked for.
+        ordinal: usize,
+        /// What is missing and how to get it.
+        reason: String,
+    },
+    /// The card has no memory left.
+    #[error(
+        "cuda:{ordinal} has {free} bytes of memory free, {needed} more are needed: choose a smaller batch size or model"
+    )]
+    CardOutOfMemory {
+        /// The card.
+        ordinal: usize,
+        /// Bytes that were asked for.
+        needed: usize,
+        /// Bytes that are free.
+        free: usize,
+    },
+    /// The card refused or was lost.
+    #[error("cuda:{ordinal} failed to {action}: what was finished before is valid, run the same command again")]
+    Card {
+        /// The card.
+        ordinal: usize,
+        /// What it was asked to do.
+        action: &'static str,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// No way to multiply matrices of this shape was found.
+    #[error("cuBLASLt knows no way to multiply {m} x {k} by {k} x {n}: a newer libcublasLt may")]
+    NoProduct {
+        /// Rows.
+        m: usize,
+        /// Columns of the result.
+        n: usize,
+        /// Columns of the input.
+        k: usize,
+    },
+    /// A weight is NaN or infinite.
+    #[error(
+        "{origin}: tensor {name} holds a value that is NaN or infinite: the checkpoint is damaged, download it again"
+    )]
+    NotFinite {
+        /// The checkpoint.
+        origin: String,
+        /// Its transformers name.
+        name: String,
+    },
+    /// A weight does not fit into 16 bits.
+    #[error("a weight of {value} does not fit into f16: use bf16 or f32")]
+    WeightRange {
+        /// The largest weight of its layer.
+        value: f32,
+    },
     /// The engine's threads cannot be started.
     #[error("cannot start the engine's threads")]
     Threads {

@@ -85,12 +85,26 @@ pub struct Heads {
     pub cosine: bool,
 }
 
+/// What computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Device {
+    /// The processor, in f32.
+    #[default]
+    Cpu,
+    /// An NVIDIA card, by the driver's number.
+    Cuda(usize),
+}
+
 /// What a scorer is loaded for.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
+    /// What computes.
+    pub device: Device,
+    /// In which arithmetic; the CPU has f32 only.
+    pub precision: Precision,
     /// Threads of the engine's pool; 0: one per core.
     pub threads: usize,
-    /// Most images of a batch.
+    /// Most images of a batch; a card without room for them takes fewer, see [`Info::images_max`].
     pub images_max: usize,
     /// Caption tokens that go through the text encoder at a time; raised to the longest possible caption.
     pub tokens_max: usize,
@@ -144,16 +158,73 @@ pub trait Scorer: Send {
     /// # Errors
     /// A batch beyond what the scorer was loaded for, or with tokens the model lacks.
     fn score(&mut self, batch: &Batch, out: &mut Vec<PairScore>) -> Result<(), Error>;
+
+    /// [`Self::score`], and meanwhile begins to bring `next` to the device: the batch of the next call, which must then be
+    /// the same. It saves time and changes nothing else.
+    ///
+    /// # Errors
+    /// As [`Self::score`].
+    fn score_ahead(&mut self, batch: &Batch, next: &Batch, out: &mut Vec<PairScore>) -> Result<(), Error> {
+        let _ = next;
+        self.score(batch, out)
+    }
 }
 
-/// Loads a checkpoint onto the CPU.
+/// Whether the card can be used, and if not, why.
 ///
 /// # Errors
-/// A missing or misshapen tensor, no memory, no threads.
+/// [`Error::NoCuda`]: this build has no CUDA, or no driver, card or cuBLASLt that it can use is there.
+pub fn check_cuda(ordinal: usize) -> Result<(), Error> {
+    #[cfg(feature = "cuda")]
+    return cuda::Gpu::open(ordinal, Precision::F16).map(drop);
+    #[cfg(not(feature = "cuda"))]
+    Err(no_cuda(ordinal))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn no_cuda(ordinal: usize) -> Error {
+    Error::NoCuda { ordinal, reason: "this build has no CUDA: build it with --features cuda".to_owned() }
+}
+
+/// Loads a checkpoint onto a device.
+///
+/// # Errors
+/// A missing or misshapen tensor, a weight that is not finite, no memory, no threads, no such device.
 pub fn load(checkpoint: &Checkpoint, lut: &PixelLut, options: &Options) -> Result<Box<dyn Scorer>, Error> {
     assert!(options.heads.itm || options.heads.cosine, "at least one head");
-    let backend = cpu::CpuBackend::new(options.threads, cpu::Isa::detect(), attention_limits(checkpoint.config()))?;
-    Ok(Box::new(model::Model::load(backend, checkpoint, lut, options)?))
+    match options.device {
+        Device::Cpu => {
+            assert_eq!(options.precision, Precision::F32, "the CPU computes in f32");
+            let limits = attention_limits(checkpoint.config());
+            let backend = cpu::CpuBackend::new(options.threads, cpu::Isa::detect(), limits)?;
+            Ok(Box::new(model::Model::load(backend, checkpoint, lut, options)?))
+        }
+        #[cfg(feature = "cuda")]
+        Device::Cuda(ordinal) => load_cuda(ordinal, checkpoint, lut, options),
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda(ordinal) => Err(no_cuda(ordinal)),
+    }
+}
+
+/// Halves the batch until it fits beside the weights.
+#[cfg(feature = "cuda")]
+fn load_cuda(
+    ordinal: usize,
+    checkpoint: &Checkpoint,
+    lut: &PixelLut,
+    options: &Options,
+) -> Result<Box<dyn Scorer>, Error> {
+    let mut options = *options;
+    loop {
+        let gpu = cuda::Gpu::open(ordinal, options.precision)?;
+        let loaded = cuda::CudaBackend::new(gpu, options.precision, cuda::Limits::new(checkpoint.config(), &options))
+            .and_then(|backend| model::Model::load(backend, checkpoint, lut, &options));
+        match loaded {
+            Ok(model) => return Ok(Box::new(model)),
+            Err(Error::CardOutOfMemory { .. }) if options.images_max > 1 => options.images_max /= 2,
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 fn attention_limits(config: &Config) -> cpu::AttentionLimits {

@@ -15,7 +15,7 @@ use crate::demo::SHARD;
 use crate::limits::CHUNK_ROWS;
 use crate::pipeline::{self, Stages};
 use crate::prepare::Preparer;
-use crate::{CaptionPolicy, Error, LoadedModel, Progress, Result, engine_options};
+use crate::{CaptionPolicy, EngineChoice, Error, LoadedModel, Progress, Result, engine_options};
 
 /// Columns are found by their usual names.
 const DETECT: ColumnOptions = ColumnOptions { image: None, caption: None, key: None };
@@ -23,12 +23,10 @@ const DETECT: ColumnOptions = ColumnOptions { image: None, caption: None, key: N
 /// What to measure.
 #[derive(Clone, Debug)]
 pub struct BenchOptions {
-    /// Images of a batch; 0 chooses.
-    pub batch_size: usize,
+    /// What computes and how; of several cards the first.
+    pub engine: EngineChoice,
     /// Captions of an image.
     pub captions: usize,
-    /// Threads; 0: one per core.
-    pub threads: usize,
     /// Seconds to measure for, at least one batch.
     pub seconds: f64,
     /// Which scores.
@@ -77,7 +75,8 @@ struct Rows {
 pub async fn bench(model: &LoadedModel, bench: &BenchOptions) -> Result<BenchReport> {
     let rows = Rows::bundled().await?;
     let config = model.checkpoint.config().clone();
-    let options = engine_options(&config, bench.batch_size, bench.threads, bench.heads, ItmToken::Cls);
+    let engines = bench.engine.find()?;
+    let options = engine_options(&config, &bench.engine, &engines, bench.heads, ItmToken::Cls);
     let start = Instant::now();
     let mut scorer = model.scorer(&options)?;
     let load_seconds = start.elapsed().as_secs_f64();
@@ -210,12 +209,12 @@ async fn pipeline(
         ),
         input: output.clone(),
         preparer: Preparer::new(
-            bench.threads,
+            bench.engine.threads,
             parts,
             model.checkpoint.config().text.positions,
             CaptionPolicy::default(),
         )?,
-        scorer,
+        scorers: vec![scorer],
         heads: bench.heads,
         writer: ShardWriter::create(&output, &schema, &columns, &options).await?,
         columns,

@@ -11,8 +11,8 @@ use capsieve_store::{ColumnOptions, Footer, Location, ShardReader};
 use futures::{StreamExt, pin_mut};
 
 use crate::{
-    CaptionPolicy, Error, LoadedModel, Outcome, Progress, Result, ScoreJob, Stats, Thresholds, precision_recall,
-    roc_auc, score,
+    CaptionPolicy, DeviceChoice, EngineChoice, Error, LoadedModel, Outcome, Progress, Result, ScoreJob, Stats,
+    Thresholds, precision_recall, roc_auc, score,
 };
 
 /// The bundled shard, see demo/README.md.
@@ -95,8 +95,7 @@ pub async fn demo(folder: &Path, threads: usize, progress: &Progress) -> Result<
         drop_images: false,
         fail_on_row: true,
         overwrite: true,
-        batch_size: 0,
-        threads,
+        engine: EngineChoice { device: DeviceChoice::Cpu, threads, ..EngineChoice::default() },
     };
     let outcome = score(&LoadedModel::bundled()?, &job, progress).await?;
     let Outcome::Done(stats) = outcome else { unreachable!("overwrite always scores") };

@@ -81,6 +81,12 @@ pub enum Error {
         /// The folder.
         path: String,
     },
+    /// The processor computes in f32 only.
+    #[error("--precision {precision}: the device cpu has only f32")]
+    CpuPrecision {
+        /// What was asked for.
+        precision: &'static str,
+    },
     /// The pool that prepares images cannot be started.
     #[error("cannot start the threads that prepare images")]
     Threads {

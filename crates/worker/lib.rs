@@ -12,6 +12,7 @@
 mod batching;
 mod bench;
 mod demo;
+mod engine;
 mod error;
 mod inspect;
 pub mod limits;
@@ -25,9 +26,10 @@ mod synth;
 
 pub use batching::engine_options;
 pub use bench::{BenchOptions, BenchReport, bench};
-pub use capsieve_engine::{Heads, ItmToken};
+pub use capsieve_engine::{Heads, ItmToken, Precision};
 pub use capsieve_store::ColumnOptions;
 pub use demo::{DemoReport, DemoRow, NoiseReport, demo};
+pub use engine::{DeviceChoice, EngineChoice, Engines};
 pub use error::{Error, Result};
 pub use inspect::{CheckpointReport, Inspection, ShardReport, inspect};
 pub use model::{LoadedModel, ModelSource};

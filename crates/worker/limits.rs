@@ -1,6 +1,6 @@
 //! Every bound of the pipeline. Together they bound its memory: at most [`CHUNKS_READ`] + [`CHUNKS_PREPARED`] +
-//! [`CHUNKS_SCORED`] + [`CHUNKS_OPEN`] + 4 chunks exist at a time (one in each stage's hands) and those one batch spans, each
-//! of at most [`CHUNK_ROWS`] rows.
+//! [`CHUNKS_SCORED`] + [`CHUNKS_OPEN`] + 4 chunks exist at a time (one in each stage's hands) and those that the batches under
+//! way span (one for each device and [`BATCHES_WAITING`]), each of at most [`CHUNK_ROWS`] rows.
 
 /// Rows that travel together: enough to keep every core decoding, few enough that their pixels (0.44 MB each at 384 px)
 /// stay small beside the model.
@@ -14,6 +14,8 @@ pub const CHUNKS_SCORED: usize = 2;
 /// Chunks that wait for their last score, beside those a batch spans: rows without a score fill no batch, and must not
 /// pile up behind one that waits for it.
 pub const CHUNKS_OPEN: usize = 8;
+/// Batches that wait for a free engine, beside those being computed.
+pub const BATCHES_WAITING: usize = 1;
 /// Caption tokens after which a batch goes to the engine though it has room for images.
 pub const BATCH_TOKENS: usize = 4096;
 /// Bytes of an encoded image that is fetched by its address.

@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use capsieve_engine::{Checkpoint, Options, Scorer, SyntheticSize};
+use capsieve_engine::{Checkpoint, Device, Info, Options, Scorer, SyntheticSize};
 use capsieve_prep::{ImageSpec, Tokenizer};
 use capsieve_store::HubConfig;
 use sha2::{Digest, Sha256};
 
 use crate::limits::MODEL_JSON_BYTES_MAX;
-use crate::{Error, Result};
+use crate::{Engines, Error, Result};
 
 /// Files of the bundled model, see demo/README.md.
 const BUNDLED_CONFIG: &[u8] = include_bytes!("../../demo/model/config.json");
@@ -166,6 +166,22 @@ impl LoadedModel {
             ));
         }
         Ok(self)
+    }
+
+    /// Loads the weights onto every device.
+    ///
+    /// # Errors
+    /// No memory, no threads, a device that cannot be used.
+    pub fn scorers(&self, engines: &Engines, options: &Options) -> Result<Vec<Box<dyn Scorer>>> {
+        let load = |device: &Device| {
+            let scorer = self.scorer(&Options { device: *device, ..*options })?;
+            let Info { images_max, device, .. } = scorer.info();
+            if *images_max < options.images_max {
+                tracing::warn!("{device} has memory for batches of {images_max} images, not {}", options.images_max);
+            }
+            Ok(scorer)
+        };
+        engines.devices.iter().map(load).collect()
     }
 
     /// Loads the weights.

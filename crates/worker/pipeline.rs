@@ -45,7 +45,8 @@ pub(crate) struct Stages<S> {
     pub(crate) input: Location,
     pub(crate) columns: Columns,
     pub(crate) preparer: Preparer,
-    pub(crate) scorer: Box<dyn Scorer>,
+    /// One for each device.
+    pub(crate) scorers: Vec<Box<dyn Scorer>>,
     pub(crate) heads: Heads,
     pub(crate) writer: ShardWriter,
     /// Ends the job at the first row without a score.
@@ -74,12 +75,12 @@ pub(crate) async fn run<S>(stages: Stages<S>) -> Result<Totals>
 where
     S: Stream<Item = capsieve_store::Result<RecordBatch>> + Send,
 {
-    let Stages { batches, input, columns, preparer, scorer, heads, writer, fail_on_row, progress } = stages;
+    let Stages { batches, input, columns, preparer, scorers, heads, writer, fail_on_row, progress } = stages;
     let (to_prepare, chunks) = channel(CHUNKS_READ);
     let (to_engine, prepared) = channel(CHUNKS_PREPARED);
     let (to_writer, scored) = channel(CHUNKS_SCORED);
     let reading = read(batches, &input, &columns, to_prepare);
-    let (for_prepare, batcher) = (columns.clone(), Batcher::new(scorer, heads, progress));
+    let (for_prepare, batcher) = (columns.clone(), Batcher::new(scorers, heads, progress));
     let preparing = spawn_blocking(move || prepare(&preparer, &for_prepare, chunks, &to_engine));
     let scoring = spawn_blocking(move || score(batcher, prepared, &to_writer));
     let writing = write(writer, scored, fail_on_row);
@@ -159,7 +160,7 @@ fn score(mut batcher: Batcher, mut chunks: Receiver<Prepared>, out: &Sender<Scor
             // Nobody waits for the last batch of a job that was cancelled or could not be written.
             None if out.is_closed() => ended = true,
             None => {
-                batcher.flush()?;
+                batcher.finish_all()?;
                 ended = true;
             }
         }

@@ -14,7 +14,7 @@ use crate::limits::CHUNK_ROWS;
 use crate::model::hex;
 use crate::pipeline::{self, Stages, Totals};
 use crate::prepare::Preparer;
-use crate::{CaptionPolicy, Error, LoadedModel, Progress, Result, engine_options};
+use crate::{CaptionPolicy, EngineChoice, Error, LoadedModel, Precision, Progress, Result, engine_options};
 
 /// Key of the output's metadata by which a rerun recognises its own work.
 const FINGERPRINT: &str = "capsieve.fingerprint";
@@ -51,10 +51,8 @@ pub struct ScoreJob {
     pub fail_on_row: bool,
     /// Replaces an output that is there.
     pub overwrite: bool,
-    /// Images of a batch; 0 chooses.
-    pub batch_size: usize,
-    /// Threads of the engine and of the preparation; 0: one per core.
-    pub threads: usize,
+    /// What computes and how.
+    pub engine: EngineChoice,
 }
 
 /// What a finished job has to say; also the content of `NAME.stats.json`.
@@ -117,18 +115,21 @@ pub async fn score(model: &LoadedModel, job: &ScoreJob, progress: &Progress) -> 
         return Err(Error::SameObject { uri: output.to_string() });
     }
     let reader = ShardReader::open(&input, &job.columns).await?;
+    let engines = job.engine.find()?;
     let hash = model.hash()?;
-    let fingerprint = fingerprint(job, &hash, reader.object_info());
+    let fingerprint = fingerprint(job, &hash, engines.precision, reader.object_info());
     if !job.overwrite && output.exists().await? {
         return complete(&output, &fingerprint).await;
     }
-    let options = output_options(job, &hash, &fingerprint, &reader, &input);
+    let options = output_options(job, (&hash, engines.precision), &fingerprint, &reader, &input);
     let writer = ShardWriter::create(&output, reader.schema(), reader.columns(), &options).await?;
     let config = model.checkpoint.config();
-    let scorer = model.scorer(&engine_options(config, job.batch_size, job.threads, job.heads, job.itm_token))?;
+    let options = engine_options(config, &job.engine, &engines, job.heads, job.itm_token);
+    let scorers = model.scorers(&engines, &options)?;
     let parts = (model.image.clone(), model.tokenizer.clone());
-    let preparer = Preparer::new(job.threads, parts, config.text.positions, job.policy)?;
-    let (device, precision, rows) = (scorer.info().device.clone(), scorer.info().precision.name(), reader.rows());
+    let preparer = Preparer::new(job.engine.threads, parts, config.text.positions, job.policy)?;
+    let devices: Vec<&str> = scorers.iter().map(|scorer| scorer.info().device.as_str()).collect();
+    let (device, precision, rows) = (devices.join(", "), engines.precision.name(), reader.rows());
     progress.start(rows);
     let start = Instant::now();
     let stages = Stages {
@@ -136,7 +137,7 @@ pub async fn score(model: &LoadedModel, job: &ScoreJob, progress: &Progress) -> 
         columns: reader.columns().clone(),
         batches: reader.into_stream(CHUNK_ROWS),
         preparer,
-        scorer,
+        scorers,
         heads: job.heads,
         writer,
         fail_on_row: job.fail_on_row,
@@ -164,17 +165,18 @@ async fn complete(output: &Location, fingerprint: &str) -> Result<Outcome> {
 }
 
 /// SHA-256 over everything that decides the content of the output.
-fn fingerprint(job: &ScoreJob, model: &str, input: &ObjectInfo) -> String {
+fn fingerprint(job: &ScoreJob, model: &str, precision: Precision, input: &ObjectInfo) -> String {
     let ScoreJob { columns, heads, itm_token, thresholds, policy, drop_images, .. } = job;
     let identity = (input.size, &input.e_tag, input.modified);
-    let all =
-        format!("{model} {identity:?} {columns:?} {heads:?} {itm_token:?} {thresholds:?} {policy:?} {drop_images}");
+    let all = format!(
+        "{model} {precision:?} {identity:?} {columns:?} {heads:?} {itm_token:?} {thresholds:?} {policy:?} {drop_images}"
+    );
     hex(&Sha256::digest(all))
 }
 
 fn output_options(
     job: &ScoreJob,
-    hash: &str,
+    (hash, precision): (&str, Precision),
     fingerprint: &str,
     reader: &ShardReader,
     input: &Location,
@@ -189,7 +191,7 @@ fn output_options(
     let metadata = [
         ("capsieve.version", env!("CARGO_PKG_VERSION").to_owned()),
         ("capsieve.model", hash.to_owned()),
-        ("capsieve.precision", "f32".to_owned()),
+        ("capsieve.precision", precision.name().to_owned()),
         ("capsieve.heads", heads.join(",")),
         ("capsieve.itm_token", token.to_owned()),
         (

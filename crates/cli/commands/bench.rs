@@ -4,17 +4,14 @@ use std::process::ExitCode;
 
 use capsieve_worker::{BenchOptions, BenchReport, LoadedModel};
 
-use super::check_engine;
 use crate::args::{BenchArgs, heads};
 use crate::text;
 
 pub(super) async fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
-    check_engine(&args.engine)?;
     let model = LoadedModel::open(&args.model).await?;
     let options = BenchOptions {
-        batch_size: args.engine.batch_size.0,
+        engine: args.engine.clone().into(),
         captions: args.captions_per_image,
-        threads: args.engine.threads,
         seconds: args.seconds,
         heads: heads(&args.heads),
     };

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use capsieve_worker::ColumnOptions;
 
-use crate::args::{ColumnArgs, Command, Device, EngineArgs, Precision};
+use crate::args::{ColumnArgs, Command};
 
 /// Done, but some rows have no score.
 const ROWS_WITHOUT_SCORE: u8 = 3;
@@ -55,17 +55,6 @@ async fn interrupted() -> anyhow::Result<()> {
     }
     #[cfg(not(unix))]
     tokio::signal::ctrl_c().await.context(context)
-}
-
-/// What this build can compute with.
-fn check_engine(args: &EngineArgs) -> anyhow::Result<()> {
-    if args.device == Device::Cuda {
-        bail!("--device cuda: this build has no CUDA, use --device cpu");
-    }
-    if args.precision != Precision::F32 {
-        bail!("--precision {}: the device cpu has only f32", format!("{:?}", args.precision).to_lowercase());
-    }
-    Ok(())
 }
 
 fn columns(args: ColumnArgs) -> ColumnOptions {

@@ -8,14 +8,13 @@ use capsieve_worker::{CaptionPolicy, LoadedModel, Outcome, Progress, ScoreJob, S
 use clap::CommandFactory;
 use clap::error::ErrorKind;
 
-use super::{ROWS_WITHOUT_SCORE, check_engine, columns};
+use super::{ROWS_WITHOUT_SCORE, columns};
 use crate::args::{Args, OnError, ScoreArgs, heads};
 use crate::progress::shown;
 use crate::text;
 
 pub(super) async fn run(args: ScoreArgs) -> anyhow::Result<ExitCode> {
     check_usage(&args);
-    check_engine(&args.engine)?;
     let [input] = args.input.as_slice() else { bail!("--input: {}", ONE_SHARD) };
     if input.ends_with('/') || input.contains('*') || Path::new(input).is_dir() {
         bail!("--input {input}: {ONE_SHARD}");
@@ -69,8 +68,7 @@ fn job(args: ScoreArgs) -> ScoreJob {
         drop_images: args.drop_images,
         fail_on_row: args.on_error == OnError::Fail,
         overwrite: args.overwrite,
-        batch_size: args.engine.batch_size.0,
-        threads: args.engine.threads,
+        engine: args.engine.into(),
     }
 }
 

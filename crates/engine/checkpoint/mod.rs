@@ -146,7 +146,7 @@ impl Checkpoint {
     /// A tensor's values as f32, row-major.
     ///
     /// # Errors
-    /// The tensor is not there or has another shape.
+    /// The tensor is not there, has another shape, or holds NaN or infinity.
     pub fn read_f32(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, Error> {
         match &self.weights {
             Weights::Synthetic { seed } => Ok(synthetic::values(*seed, name, shape)),
@@ -162,6 +162,9 @@ impl Checkpoint {
                 let file = &files[entry.file];
                 let values = entry.dtype.to_f32(&file.get()[entry.bytes.clone()]);
                 file.forget(&entry.bytes);
+                if !values.iter().fold(true, |finite, v| finite & v.is_finite()) {
+                    return Err(Error::NotFinite { origin: self.origin.clone(), name: name.to_owned() });
+                }
                 Ok(values)
             }
         }

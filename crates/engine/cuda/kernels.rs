@@ -8,6 +8,37 @@ use std::ffi::c_void;
 use super::device::{Address, Device, Element, Shape};
 use crate::Error;
 
+/// Every kernel that the build compiles, by precision.
+#[cfg(feature = "cuda")]
+pub(super) const NAMES: &[&str] = &[
+    "patchify_f16",
+    "patchify_bf16",
+    "patchify_f32",
+    "image_tokens_f16",
+    "image_tokens_bf16",
+    "image_tokens_f32",
+    "embed_f16",
+    "embed_bf16",
+    "embed_f32",
+    "layer_norm_f16",
+    "layer_norm_bf16",
+    "layer_norm_f32",
+    "gelu_f16",
+    "gelu_bf16",
+    "gelu_f32",
+    "take_rows_f16",
+    "take_rows_bf16",
+    "take_rows_f32",
+    "attention_tiles_f16",
+    "attention_tiles_bf16",
+    "attention_caption_f16",
+    "attention_caption_bf16",
+    "attention_cross_f16",
+    "attention_cross_bf16",
+    "attention_rows_f16",
+    "attention_rows_bf16",
+    "attention_rows_f32",
+];
 /// Widest row of the norm kernels: `ROW_VECTORS * 32 * 8` of rows.cu.
 pub(super) const NORM_COLS_MAX: usize = 1024;
 /// Largest head of attention_rows.
@@ -65,6 +96,17 @@ macro_rules! named {
             Element::F16 => concat!($name, "_f16"),
             Element::Bf16 => concat!($name, "_bf16"),
             Element::F32 => concat!($name, "_f32"),
+        }
+    };
+}
+
+/// The same for kernels that there are in 16 bits only.
+macro_rules! tensor_core {
+    ($element:expr, $name:literal) => {
+        match $element {
+            Element::F16 => concat!($name, "_f16"),
+            Element::Bf16 => concat!($name, "_bf16"),
+            Element::F32 => unreachable!("Attention::choose gives f32 to attention_rows"),
         }
     };
 }
@@ -271,9 +313,9 @@ pub(super) fn attention<D: Device>(
         Work::Spans { spans, items, count } => (0, count, spans, items),
     };
     let (name, threads, shared_bytes) = match kernel {
-        Attention::Tiles => (named!(out.element, "attention_tiles"), 128, (64 + 4 * 64) * 64 * 2),
-        Attention::Caption => (named!(out.element, "attention_caption"), 32, (16 + 4 * 64) * 64 * 2),
-        Attention::Cross => (named!(out.element, "attention_cross"), 128, 32 * 64 * 2 + 4 * 32 * 66 * 4),
+        Attention::Tiles => (tensor_core!(out.element, "attention_tiles"), 128, (64 + 4 * 64) * 64 * 2),
+        Attention::Caption => (tensor_core!(out.element, "attention_caption"), 32, (16 + 4 * 64) * 64 * 2),
+        Attention::Cross => (tensor_core!(out.element, "attention_cross"), 128, 32 * 64 * 2 + 4 * 32 * 66 * 4),
         Attention::Rows => (named!(out.element, "attention_rows"), 128, (80 * (size + 1) + 16 * 32) * 4),
     };
     let part = |(m, first): (Matrix, usize)| m.at + (first * m.element.bytes()) as Address;

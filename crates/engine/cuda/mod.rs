@@ -5,17 +5,25 @@
 //!
 //! Must not: allocate after loading, or hold anything of the network's shape.
 
+#[cfg(feature = "cuda")]
+mod blas;
 mod device;
+#[cfg(feature = "cuda")]
+mod driver;
 #[cfg(feature = "emulator")]
 mod emulated;
 mod kernels;
+#[cfg(feature = "cuda")]
+mod tuned;
 
 use self::device::{Address, Device, Element, Product};
+#[cfg(feature = "cuda")]
+pub use self::driver::Gpu;
 #[cfg(feature = "emulator")]
 pub use self::emulated::{Emulated, Order};
 use self::kernels::{Attention, Matrix, NormParameters, Work};
 use crate::backend::{Backend, Columns, Epilogue, Patches, Span, TextRows};
-use crate::{Error, PixelLut, Precision};
+use crate::{Config, Error, Options, PixelLut, Precision};
 
 /// Values a row's stride is a multiple of: 16 bytes at 16 bits.
 const STRIDE: usize = 8;
@@ -25,12 +33,21 @@ const SPAN_LISTS: usize = 2;
 /// What the backend's index buffers must hold.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Most images of a batch, and bytes of one image's pixels.
+    /// Most images of a batch.
     pub images: usize,
     /// Bytes of an image's pixels.
     pub image_bytes: usize,
     /// Most text rows of a chunk, of both heads.
     pub rows: usize,
+}
+
+impl Limits {
+    /// What a model of this shape needs for `options`.
+    pub fn new(config: &Config, options: &Options) -> Self {
+        let side = config.vision.image_size;
+        let rows = 2 * options.tokens_max.max(config.text.positions);
+        Self { images: options.images_max, image_bytes: side * side * 3, rows }
+    }
 }
 
 /// A matrix of activations or table rows.
@@ -243,6 +260,10 @@ impl<D: Device> Backend for CudaBackend<D> {
     fn linear_weights(&self, weight: &[f32], bias: &[f32], inputs: usize) -> Result<Self::Linear, Error> {
         let (outputs, ld, element) = (bias.len(), inputs.next_multiple_of(STRIDE), self.element());
         assert_eq!(weight.len(), outputs * inputs, "weight of {outputs} x {inputs}");
+        let largest = weight.iter().chain(bias).fold(0.0_f32, |most, v| most.max(v.abs()));
+        if element == Element::F16 && largest > half::f16::MAX.to_f32() {
+            return Err(Error::WeightRange { value: largest });
+        }
         let memory = self.device.alloc(outputs * ld * element.bytes())?;
         self.fill(&memory, weight, (inputs, ld), element)?;
         let (bias, bias_f32) = (self.vector(bias, element)?, self.vector(bias, Element::F32)?);

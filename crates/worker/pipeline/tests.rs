@@ -8,7 +8,7 @@ use std::time::Duration;
 use arrow_array::cast::AsArray;
 use arrow_array::types::Float32Type;
 use arrow_array::{ArrayRef, BinaryArray, Int32Array, RecordBatch, StringArray};
-use capsieve_engine::{Batch, Checkpoint, Info, PairScore, SyntheticSize};
+use capsieve_engine::{Batch, Checkpoint, Device, Info, ItmToken, Options, PairScore, Precision, SyntheticSize};
 use capsieve_prep::{ImageSpec, Tokenizer};
 use capsieve_store::{ColumnOptions, OutputHeads, OutputOptions, ShardReader};
 use futures::stream;
@@ -16,6 +16,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::CaptionPolicy;
+use crate::limits::BATCHES_WAITING;
 
 /// A deadlock must fail, not stall the suite.
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -62,7 +63,7 @@ impl Scorer for Counting {
 
 fn scorer(images_max: usize, behaviour: Behaviour) -> Box<dyn Scorer> {
     let config = Checkpoint::synthetic(SyntheticSize::Tiny, 0).config().clone();
-    let info = Info { config, device: "none".to_owned(), precision: "f32", images_max, tokens_max: 512 };
+    let info = Info { config, device: "none".to_owned(), precision: Precision::F32, images_max, tokens_max: 512 };
     Box::new(Counting { info, next: 0, behaviour })
 }
 
@@ -93,13 +94,13 @@ type Read = capsieve_store::Result<RecordBatch>;
 struct Job<I> {
     folder: TempDir,
     read: I,
-    scorer: Box<dyn Scorer>,
+    scorers: Vec<Box<dyn Scorer>>,
     fail_on_row: bool,
 }
 
 impl<I: Iterator<Item = Read> + Send + 'static> Job<I> {
     fn new(read: I, scorer: Box<dyn Scorer>) -> Self {
-        Self { folder: tempfile::tempdir().unwrap(), read, scorer, fail_on_row: false }
+        Self { folder: tempfile::tempdir().unwrap(), read, scorers: vec![scorer], fail_on_row: false }
     }
 
     fn output(&self) -> Location {
@@ -109,7 +110,7 @@ impl<I: Iterator<Item = Read> + Send + 'static> Job<I> {
     /// Runs it on threads of its own; `None` if it panicked.
     fn run(self) -> (TempDir, Option<Result<Totals>>) {
         let output = self.output();
-        let Self { folder, read, scorer, fail_on_row } = self;
+        let Self { folder, read, scorers, fail_on_row } = self;
         let (ended, end) = channel();
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
@@ -125,7 +126,7 @@ impl<I: Iterator<Item = Read> + Send + 'static> Job<I> {
                     input: output,
                     columns,
                     preparer,
-                    scorer,
+                    scorers,
                     heads: HEADS,
                     writer,
                     fail_on_row,
@@ -225,7 +226,7 @@ fn a_failing_commit_leaves_what_was_there() {
         std::fs::write(&other, "mine").unwrap();
         Ok(good())
     }));
-    let (folder, ended) = Job { folder: job.folder, read, scorer: job.scorer, fail_on_row: false }.run();
+    let (folder, ended) = Job { folder: job.folder, read, scorers: job.scorers, fail_on_row: false }.run();
     assert!(matches!(ended, Some(Err(Error::Store(capsieve_store::Error::Exists { .. })))), "{ended:?}");
     assert_eq!(std::fs::read(path).unwrap(), b"mine");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no partial file stays");
@@ -258,8 +259,11 @@ fn a_slow_engine_holds_the_reader_back() {
     let running = std::thread::spawn(move || job.run());
     std::thread::sleep(Duration::from_millis(300));
     let ahead = read.load(Ordering::Relaxed) as usize;
-    // One in the hands of each stage before the engine, the engine's own, and the channels between.
-    assert!(ahead <= CHUNKS_READ + CHUNKS_PREPARED + 3, "{ahead} chunks were read for an engine that waits");
+    // One in the hands of each stage before the engine, the engine's own, those that wait for it, the channels between.
+    assert!(
+        ahead <= CHUNKS_READ + CHUNKS_PREPARED + 4 + BATCHES_WAITING,
+        "{ahead} chunks were read for an engine that waits"
+    );
     (0..200).for_each(|_| go.send(()).unwrap());
     assert_eq!(running.join().unwrap().1.unwrap().unwrap().written.rows, 1000);
 }
@@ -282,4 +286,46 @@ fn rows_without_a_score_do_not_pile_up_behind_a_waiting_one() {
     let ended = running.join().unwrap().1;
     assert!(ahead < 200, "{ahead} chunks wait for one batch");
     assert_eq!(ended.unwrap().unwrap().written.rows, 5 * 2001);
+}
+
+#[test]
+fn several_engines_share_the_batches_and_rows_stay_in_order() {
+    let checkpoint = Checkpoint::synthetic(SyntheticSize::Tiny, 3);
+    let load = |images_max| {
+        let options = Options {
+            device: Device::Cpu,
+            precision: Precision::F32,
+            threads: 1,
+            images_max,
+            tokens_max: 64,
+            heads: HEADS,
+            itm_token: ItmToken::Cls,
+        };
+        capsieve_engine::load(&checkpoint, &ImageSpec::blip(64).pixel_lut(), &options).unwrap()
+    };
+    let batch = |i: usize| {
+        let captions: Vec<String> = (0..ROWS).map(|row| format!("dog number {}", i * ROWS + row)).collect();
+        let columns: [(&str, ArrayRef); 3] = [
+            ("image", Arc::new(BinaryArray::from(vec![Some(image().as_slice()); ROWS]))),
+            ("caption", Arc::new(StringArray::from(captions))),
+            ("number", Arc::new(Int32Array::from(vec![7; ROWS]))),
+        ];
+        RecordBatch::try_from_iter_with_nullable(columns.map(|(name, array)| (name, array, true))).unwrap()
+    };
+    let scores = |scorers: Vec<Box<dyn Scorer>>| {
+        let read = (0..30).map(move |i| Ok(batch(i)));
+        let mut job = Job::new(read, scorer(1, Behaviour::Score));
+        job.scorers = scorers;
+        let (folder, ended) = job.run();
+        assert_eq!(ended.unwrap().unwrap().written.rows, 30 * ROWS as u64);
+        self::scores(&folder)
+    };
+    let want = scores(vec![load(4)]);
+    let got = scores(vec![load(4), load(3), load(7)]);
+    assert_eq!(want.len(), 30 * ROWS);
+    assert!(want.windows(2).any(|pair| pair[0] != pair[1]), "captions differ, so do scores");
+    for (i, (want, got)) in want.iter().zip(&got).enumerate() {
+        let (want, got) = (want.unwrap(), got.unwrap());
+        assert!((want - got).abs() < 1e-5, "row {i}: {want} and {got}");
+    }
 }
