@@ -39,10 +39,10 @@ enum Target {
 
 /// Every backend that computes in f32.
 fn targets() -> Vec<Target> {
-    let mut targets: Vec<Target> = Isa::available().into_iter().map(Target::Cpu).collect();
+    let cpu = Isa::available().into_iter().map(Target::Cpu);
     #[cfg(feature = "emulator")]
-    targets.push(Target::Cuda(Precision::F32));
-    targets
+    let cpu = cpu.chain([Target::Cuda(Precision::F32)]);
+    cpu.collect()
 }
 
 /// A model on any backend.

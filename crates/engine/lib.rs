@@ -32,8 +32,12 @@ pub use error::Error;
 pub mod testing {
     pub use crate::backend::{Backend, Columns, Epilogue, Patches, Span, TextRows};
     pub use crate::cpu::{AttentionLimits, CpuBackend, Isa, multiply_adds};
+    #[cfg(feature = "cuda")]
+    pub use crate::cuda::Gpu;
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    pub use crate::cuda::{CudaBackend, Limits};
     #[cfg(feature = "emulator")]
-    pub use crate::cuda::{CudaBackend, Emulated, Limits, Order};
+    pub use crate::cuda::{Emulated, Order};
     pub use crate::model::{Model, Observer, Tap};
 }
 
