@@ -19,3 +19,6 @@ void unpoison(void*, size_t) {}
 #endif
 
 }  // namespace emu
+
+// The bytes around a block of device memory, which only a faulty kernel touches.
+extern "C" void emu_guard(void* p, size_t size, int on) { on ? emu::poison(p, size) : emu::unpoison(p, size); }

@@ -27,6 +27,7 @@ unsafe extern "C" {
         order: c_int,
         seed: u64,
     ) -> c_int;
+    fn emu_guard(start: *mut u8, bytes: usize, on: c_int);
 }
 
 /// The order in which the threads of a block go on between barriers.
@@ -61,6 +62,16 @@ impl Memory {
     fn raw(&self) -> &[u8] {
         self.lines.as_flattened_bytes()
     }
+
+    /// Forbids the kernels to touch the guards, or ends that; a sanitized build alone notices.
+    fn guard(&mut self, on: bool) {
+        let (start, behind) = (self.lines.as_mut_ptr().cast::<u8>(), GUARD + self.bytes);
+        // SAFETY: both stretches lie in the block; no byte is changed.
+        unsafe {
+            emu_guard(start, GUARD, c_int::from(on));
+            emu_guard(start.add(behind), self.lines.len() * size_of::<Line>() - behind, c_int::from(on));
+        }
+    }
 }
 
 /// The bytes of lines.
@@ -77,6 +88,7 @@ impl Flatten for Vec<Line> {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        self.guard(false);
         let (before, rest) = self.raw().split_at(GUARD);
         let intact = before.iter().chain(&rest[self.bytes..]).all(|byte| *byte == GUARD_BYTE);
         assert!(intact || std::thread::panicking(), "a kernel wrote outside a block of {} bytes", self.bytes);
@@ -117,7 +129,9 @@ impl Device for Emulated {
         let start = lines.as_mut_ptr().cast::<u8>();
         // SAFETY: the block lies between the first and the last line.
         unsafe { start.add(GUARD).write_bytes(POISON, bytes) };
-        Ok(Memory { lines, bytes })
+        let mut memory = Memory { lines, bytes };
+        memory.guard(true);
+        Ok(memory)
     }
 
     fn address(memory: &Memory) -> Address {
