@@ -1,6 +1,9 @@
 //! The whole forward pass against PyTorch: scores of all pairs and values inside the network, on every instruction set.
 
 #[cfg(feature = "emulator")]
+mod cuda;
+
+#[cfg(feature = "emulator")]
 use capsieve_engine::testing::Order;
 use capsieve_engine::testing::{AttentionLimits, Backend, CpuBackend, Isa, Model, Observer, Tap};
 use capsieve_engine::{Batch, Checkpoint, Device, Heads, ItmToken, Options, PairScore, Precision, Scorer};
@@ -358,47 +361,28 @@ fn a_batch_the_model_cannot_take_is_refused() {
     assert_eq!(out.len(), 1, "a refused batch leaves the scorer usable");
 }
 
-/// ITM probability and cosine against f64 in 16 bits; measured 7.1e-3 and 2.1e-3, 6.3e-2 and 2.1e-2. The sets' weights are
-/// far from tame: a trained model moves less.
-#[cfg(feature = "emulator")]
-const SIXTEEN_BITS: [(Precision, f64, f64); 2] = [(Precision::F16, 1e-2, 4e-3), (Precision::Bf16, 1e-1, 4e-2)];
-/// Largest move of a score when its neighbours change which kernel or tile it is computed in; measured 0, 5.2e-3, 3.9e-2.
-#[cfg(feature = "emulator")]
-const REGROUPED: [(Precision, f32); 3] = [(Precision::F32, 2e-6), (Precision::F16, 1e-2), (Precision::Bf16, 1e-1)];
-
-#[cfg(feature = "emulator")]
+/// What is brought ahead is what is scored, whatever comes next in truth.
 #[test]
-fn sixteen_bits_are_near_pytorch() {
-    for oracle in sets() {
-        for (precision, probability_max, cosine_max) in SIXTEEN_BITS {
-            let got = score(&mut load(&oracle, Target::Cuda(precision), &OPTIONS), &oracle, &all_pairs(&oracle));
-            let expected = |name: &str| oracle.expected.floats(name).1;
-            let probability = worst(oracle.name, got.iter().map(|s| s.itm), &expected("itm_prob_f64"));
-            let cosine = worst(oracle.name, got.iter().map(|s| s.cosine), &expected("cosine_f64"));
-            println!("{} {}: probability {probability:.1e}, cosine {cosine:.1e}", oracle.name, precision.name());
-            assert!(probability <= probability_max && cosine <= cosine_max, "{} {precision:?}", oracle.name);
-        }
-    }
-}
-
-/// The CUDA backend groups work by batch as the CPU does not: its own proof that neighbours do not matter.
-#[cfg(feature = "emulator")]
-#[test]
-fn cuda_batches_equal_their_pairs_alone() {
-    let oracle = Oracle::load("wide");
-    let pairs = all_pairs(&oracle);
-    for (precision, tolerance) in REGROUPED {
-        let mut model = load(&oracle, Target::Cuda(precision), &OPTIONS);
-        let together = score(&mut model, &oracle, &pairs);
-        let alone: Vec<_> = pairs.iter().flat_map(|pair| score(&mut model, &oracle, &[*pair])).collect();
-        let mut cut = load(&oracle, Target::Cuda(precision), &Options { tokens_max: 1, ..OPTIONS });
-        let chunks = score(&mut cut, &oracle, &pairs);
-        let far = |other: &[PairScore]| {
-            let moves = together.iter().zip(other).flat_map(|(a, b)| [a.itm - b.itm, a.cosine - b.cosine]);
-            moves.map(f32::abs).fold(0.0, f32::max)
+fn batches_scored_ahead_equal_batches_scored_alone() {
+    let oracle = Oracle::load("tiny");
+    let batches = [(0, 1), (1, 0), (2, 1)].map(|pair| batch(&oracle, &[pair]));
+    for target in targets() {
+        let mut model = load(&oracle, target, &OPTIONS);
+        let mut ahead = |now: &Batch, next: &Batch| {
+            let mut out = Vec::new();
+            model.score_ahead(now, next, &mut out).unwrap();
+            out
         };
-        println!("{}: {:.1e} alone, {:.1e} in chunks", precision.name(), far(&alone), far(&chunks));
-        assert!(far(&alone) <= tolerance && far(&chunks) <= tolerance, "{}", precision.name());
-        assert!(together.iter().chain(&alone).all(|s| s.itm.is_finite() && s.cosine.is_finite()));
+        let nothing = Batch::new(oracle.image_size);
+        let alone = batches.each_ref().map(|batch| ahead(batch, &nothing));
+        // A promise that is kept, one that is broken, and one that changes after it was made.
+        assert_eq!(ahead(&batches[0], &batches[1]), alone[0], "{target:?}");
+        assert_eq!(ahead(&batches[1], &batches[2]), alone[1], "{target:?}: kept");
+        let mut changing = batches[1].clone();
+        assert_eq!(ahead(&batches[0], &changing), alone[0], "{target:?}: broken");
+        changing.clear();
+        changing.push_image(&oracle.pixels[2]);
+        changing.push_caption(&oracle.tokens[1]);
+        assert_eq!(ahead(&changing, &nothing), alone[2], "{target:?}: changed");
     }
 }

@@ -103,6 +103,24 @@ pub trait Backend: Send {
     /// A layer norm from `gain [cols]` and `bias [cols]`.
     fn norm_weights(&self, gain: &[f32], bias: &[f32], eps: f32) -> Result<Self::Norm, Error>;
 
+    /// Begins to bring the images of the next [`Self::patchify`] to the device, beside other work: that one must get the
+    /// same. None: other images come next. It saves time and changes nothing else.
+    fn stage(&mut self, pixels: Option<&[u8]>) {
+        let _ = pixels;
+    }
+
+    /// Does `work`, which queues the same operations on the same buffers whenever `images` is the same, reads nothing and
+    /// takes nothing from the host: a backend may record it once and replay it.
+    fn repeat(&mut self, images: usize, mut work: impl FnMut(&mut Self)) {
+        let _ = images;
+        work(self);
+    }
+
+    /// Waits for all queued work. Errors: what failed in it.
+    fn finish(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// `out [B * patches, 3 p p]` from `pixels [B, S, S, 3]` u8: patches row by row, values in the order channel, row,
     /// column, each `lut[channel][value]`.
     fn patchify(&mut self, pixels: &[u8], patches: Patches, lut: &crate::PixelLut, out: &mut Self::Buf);

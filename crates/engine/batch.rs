@@ -1,6 +1,7 @@
 //! A batch: images and, for each, its captions.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::{Error, Info};
 
@@ -10,6 +11,8 @@ use crate::{Error, Info};
 /// padding. A caption belongs to the image pushed last before it; a pair is one caption with its image.
 #[derive(Clone, Debug)]
 pub struct Batch {
+    /// Another one whenever the images change.
+    images_id: u64,
     image_size: usize,
     /// `[B, S, S, 3]`
     pixels: Vec<u8>,
@@ -24,11 +27,13 @@ pub struct Batch {
 impl Batch {
     /// An empty batch for images of `image_size` x `image_size` pixels.
     pub fn new(image_size: usize) -> Self {
-        Self { image_size, pixels: Vec::new(), tokens: Vec::new(), ends: Vec::new(), images: Vec::new() }
+        let images_id = next_id();
+        Self { images_id, image_size, pixels: Vec::new(), tokens: Vec::new(), ends: Vec::new(), images: Vec::new() }
     }
 
     /// Forgets the content, keeps the memory.
     pub fn clear(&mut self) {
+        self.images_id = next_id();
         self.pixels.clear();
         self.tokens.clear();
         self.ends.clear();
@@ -38,6 +43,7 @@ impl Batch {
     /// Adds an image, `pixels.len() == S * S * 3`.
     pub fn push_image(&mut self, pixels: &[u8]) {
         assert_eq!(pixels.len(), self.image_bytes(), "an image is [{0}, {0}, 3]", self.image_size);
+        self.images_id = next_id();
         self.pixels.extend_from_slice(pixels);
     }
 
@@ -62,6 +68,11 @@ impl Batch {
     /// Number of tokens of all captions.
     pub fn tokens(&self) -> usize {
         self.tokens.len()
+    }
+
+    /// Batches with the same id have the same images.
+    pub(crate) fn images_id(&self) -> u64 {
+        self.images_id
     }
 
     fn image_bytes(&self) -> usize {
@@ -110,4 +121,9 @@ impl Batch {
         }
         Ok(())
     }
+}
+
+fn next_id() -> u64 {
+    static IDS: AtomicU64 = AtomicU64::new(0);
+    IDS.fetch_add(1, Ordering::Relaxed)
 }

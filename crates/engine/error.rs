@@ -133,14 +133,14 @@ pub enum Error {
     },
     /// The card has no memory left.
     #[error(
-        "cuda:{ordinal} has {free} bytes of memory free, {needed} more are needed: choose a smaller batch size or model"
+        "cuda:{ordinal} has {free} bytes of memory free, the model needs {needed} or more: choose a smaller batch size or model"
     )]
     CardOutOfMemory {
         /// The card.
         ordinal: usize,
-        /// Bytes that were asked for.
+        /// Bytes that were asked for up to the one that failed.
         needed: usize,
-        /// Bytes that are free.
+        /// Bytes that were free before.
         free: usize,
     },
     /// The card refused or was lost.

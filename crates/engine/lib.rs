@@ -219,6 +219,7 @@ fn load_cuda(
     options: &Options,
 ) -> Result<Box<dyn Scorer>, Error> {
     let mut options = *options;
+    cuda::check_config(ordinal, checkpoint.config())?;
     loop {
         let gpu = cuda::Gpu::open(ordinal, options.precision)?;
         let loaded = cuda::CudaBackend::new(gpu, options.precision, cuda::Limits::new(checkpoint.config(), &options))

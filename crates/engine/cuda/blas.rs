@@ -144,7 +144,14 @@ impl Blas {
         let set = plan.set_rows(p.m).and_then(|()| plan.set_bias(p.bias));
         self.check("set up a product", set)?;
         // SAFETY: the caller vouches for the matrices, the layouts describe them.
-        let queued = unsafe { self.run(plan, &plan.algorithm, p) };
+        let mut queued = unsafe { self.run(plan, &plan.algorithm, p) };
+        if queued.is_err() {
+            // The algorithm was chosen for another number of rows of the bucket: ask for these.
+            for algorithm in self.candidates(plan)?.iter().take(1) {
+                // SAFETY: as above.
+                queued = unsafe { self.run(plan, algorithm, p) };
+            }
+        }
         self.check("multiply", queued)
     }
 
@@ -259,7 +266,10 @@ impl Blas {
         candidates: &[sys::cublasLtMatmulAlgo_t],
         p: &Product,
     ) -> Result<sys::cublasLtMatmulAlgo_t, Error> {
-        let scratch = Memory::alloc(&self.context, p.m * p.ld_out * p.out_element.bytes())?;
+        let scratch = match Memory::alloc(&self.context, p.m * p.ld_out * p.out_element.bytes()) {
+            Err(Error::CardOutOfMemory { .. }) => return Ok(candidates[0]),
+            scratch => scratch?,
+        };
         let trial = Product { out: scratch.address(), ..*p };
         self.check("set up a product", plan.set_rows(p.m).and_then(|()| plan.set_bias(p.bias)))?;
         let event = || driver::event::create(CUevent_flags::CU_EVENT_DEFAULT);

@@ -86,10 +86,19 @@ pub struct Product {
     pub accumulate: bool,
 }
 
+/// A kernel's argument: where it lies and how many bytes it has.
+pub(super) type Argument = (*const c_void, usize);
+
+/// Places that [`Device::stage`] fills in turn: one is read while the other is filled.
+pub(super) const STAGES: usize = 2;
+
 /// A card, or what stands in for one. Work is queued in order; only [`Device::download`] and [`Device::synchronise`] wait.
 pub trait Device: Send {
     /// A block of device memory, freed when dropped.
     type Memory: Send + Sync;
+
+    /// Queued work that was recorded.
+    type Graph: Send;
 
     /// What computes, in words.
     fn name(&self) -> String;
@@ -109,12 +118,43 @@ pub trait Device: Send {
     /// Copies `bytes` bytes on the device.
     fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), Error>;
 
+    /// Waits for all queued work. Errors: what failed in it.
+    fn synchronise(&self) -> Result<(), Error>;
+
+    /// Makes room on the host for [`STAGES`] stretches of `bytes` bytes.
+    fn open_stages(&mut self, bytes: usize) -> Result<(), Error>;
+
+    /// Begins to copy `bytes` to `to` beside the queued work.
+    ///
+    /// # Safety
+    /// `to` has room for the bytes. Work that touches it was queued before the stage's last [`Self::release_stage`], or is
+    /// queued after [`Self::take_stage`].
+    unsafe fn stage(&mut self, stage: usize, bytes: &[u8], to: Address) -> Result<(), Error>;
+
+    /// Work queued from here on sees what the stage brings.
+    fn take_stage(&mut self, stage: usize) -> Result<(), Error>;
+
+    /// Work queued so far is the last that reads what the stage brought.
+    fn release_stage(&mut self, stage: usize) -> Result<(), Error>;
+
+    /// From here on launches, products and copies are written down and not done.
+    fn record(&mut self) -> Result<(), Error>;
+
+    /// What was written down since [`Self::record`]. Errors: something in it cannot be recorded.
+    fn recorded(&mut self) -> Result<Self::Graph, Error>;
+
+    /// Queues what was recorded.
+    ///
+    /// # Safety
+    /// The memory that was used when it was recorded is still alive.
+    unsafe fn replay(&mut self, graph: &Self::Graph) -> Result<(), Error>;
+
     /// Queues a kernel.
     ///
     /// # Safety
-    /// `arguments` point to values of the types of the kernel's parameters, in order, and what the kernel does with them
+    /// `arguments` are values of the types of the kernel's parameters, in order, and what the kernel does with them
     /// stays within memory of this device: see the typed functions in [`super::kernels`], the only callers.
-    unsafe fn launch(&self, kernel: &'static str, shape: Shape, arguments: &mut [*mut c_void]) -> Result<(), Error>;
+    unsafe fn launch(&self, kernel: &'static str, shape: Shape, arguments: &[Argument]) -> Result<(), Error>;
 
     /// Queues a product.
     ///

@@ -2,14 +2,16 @@
 //! when a card is opened, and its absence is an error like any other.
 
 use std::collections::HashMap;
-use std::ffi::{CString, c_void};
+use std::ffi::CString;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cudarc::driver::{DriverError, result, sys};
 
 use super::blas::Blas;
-use super::device::{Address, Device, Product, Shape};
+use super::device::{Address, Argument, Device, Product, Shape};
 use super::kernels;
+use super::staging::Staging;
 use crate::{Error, Precision};
 
 /// What `build.rs` made of `kernels/*.cu`: for each source, machine code for several architectures and PTX.
@@ -19,9 +21,14 @@ const VERSION_MIN: i32 = 13_000;
 /// The oldest architecture: tensor cores through mma.sync, cp.async.
 const ARCHITECTURE_MIN: (i32, i32) = (8, 0);
 
+/// Parameters of a kernel at most.
+const ARGUMENTS_MAX: usize = 16;
+
 /// The primary context of a card, held as long as anything uses the card.
 pub(super) struct Context {
     pub(super) ordinal: usize,
+    /// Bytes of the card that we hold.
+    held: AtomicUsize,
     device: sys::CUdevice,
     handle: sys::CUcontext,
 }
@@ -54,6 +61,7 @@ impl Drop for Context {
 /// A block of the card's memory.
 pub struct Memory {
     address: Address,
+    bytes: usize,
     context: Arc<Context>,
 }
 
@@ -63,10 +71,14 @@ impl Memory {
         let ordinal = context.ordinal;
         // SAFETY: the context is current; an empty allocation is none.
         match unsafe { result::malloc_sync(bytes.max(256)) } {
-            Ok(address) => Ok(Self { address, context: Arc::clone(context) }),
+            Ok(address) => {
+                context.held.fetch_add(bytes, Ordering::Relaxed);
+                Ok(Self { address, bytes, context: Arc::clone(context) })
+            }
             Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
                 let free = result::mem_get_info().map_or(0, |(free, _)| free);
-                Err(Error::CardOutOfMemory { ordinal, needed: bytes, free })
+                let held = context.held.load(Ordering::Relaxed);
+                Err(Error::CardOutOfMemory { ordinal, needed: held + bytes, free: held + free })
             }
             Err(source) => Err(Error::Card { ordinal, action: "allocate memory", source: Box::new(source) }),
         }
@@ -82,6 +94,7 @@ impl Drop for Memory {
         if self.context.enter().is_ok() {
             // SAFETY: allocated in `alloc` and freed only here; freeing waits for the work that uses it.
             let _ = unsafe { result::free_sync(self.address) };
+            self.context.held.fetch_sub(self.bytes, Ordering::Relaxed);
         }
     }
 }
@@ -92,7 +105,26 @@ pub struct Gpu {
     pub(super) stream: sys::CUstream,
     functions: HashMap<&'static str, sys::CUfunction>,
     blas: Blas,
+    staging: Option<Staging>,
     name: String,
+}
+
+/// A recorded stretch of work, ready to start.
+pub struct Graph {
+    handle: sys::CUgraphExec,
+    context: Arc<Context>,
+}
+
+// SAFETY: the handle belongs to this value alone and may be used from any thread.
+unsafe impl Send for Graph {}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: made in `recorded`, destroyed only here; a run that has begun goes on to its end.
+            let _ = unsafe { result::graph::exec_destroy(self.handle) };
+        }
+    }
 }
 
 // SAFETY: stream and function handles may be used from any thread with the context current, which every call sees to.
@@ -129,12 +161,12 @@ impl Gpu {
         let shared_max = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         // SAFETY: the device handle is valid; released when the context drops.
         let handle = unsafe { result::primary_ctx::retain(device) }.map_err(driver)?;
-        let context = Arc::new(Context { ordinal, device, handle });
+        let context = Arc::new(Context { ordinal, held: AtomicUsize::new(0), device, handle });
         context.enter()?;
         let stream = context.check("make a stream", result::stream::create(result::stream::StreamKind::NonBlocking))?;
         let functions = load_functions(&context, shared_max)?;
         let blas = Blas::open(&context, stream, &name, precision)?;
-        Ok(Self { context, stream, functions, blas, name })
+        Ok(Self { context, stream, functions, blas, staging: None, name })
     }
 }
 
@@ -186,6 +218,7 @@ fn load_functions(context: &Context, shared_max: i32) -> Result<HashMap<&'static
 
 impl Device for Gpu {
     type Memory = Memory;
+    type Graph = Graph;
 
     fn name(&self) -> String {
         format!("cuda:{} ({})", self.context.ordinal, self.name)
@@ -222,13 +255,73 @@ impl Device for Gpu {
         self.context.check("copy", unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) })
     }
 
-    unsafe fn launch(&self, kernel: &'static str, shape: Shape, arguments: &mut [*mut c_void]) -> Result<(), Error> {
+    fn synchronise(&self) -> Result<(), Error> {
+        self.context.enter()?;
+        // SAFETY: the stream is ours.
+        self.context.check("compute", unsafe { result::stream::synchronize(self.stream) })
+    }
+
+    fn open_stages(&mut self, bytes: usize) -> Result<(), Error> {
+        self.staging = Some(Staging::new(&self.context, bytes)?);
+        Ok(())
+    }
+
+    unsafe fn stage(&mut self, stage: usize, bytes: &[u8], to: Address) -> Result<(), Error> {
+        self.context.enter()?;
+        // SAFETY: passed on to the caller.
+        unsafe { self.staging.as_mut().expect("stages are open").bring(stage, bytes, to) }
+    }
+
+    fn take_stage(&mut self, stage: usize) -> Result<(), Error> {
+        self.context.enter()?;
+        self.staging.as_ref().expect("stages are open").take(stage, self.stream)
+    }
+
+    fn release_stage(&mut self, stage: usize) -> Result<(), Error> {
+        self.context.enter()?;
+        self.staging.as_ref().expect("stages are open").release(stage, self.stream)
+    }
+
+    fn record(&mut self) -> Result<(), Error> {
+        self.context.enter()?;
+        // Only what this thread does counts: the scorers of other cards go on.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is ours.
+        self.context.check("record", unsafe { result::stream::begin_capture(self.stream, mode) })
+    }
+
+    fn recorded(&mut self) -> Result<Graph, Error> {
+        self.context.enter()?;
+        // SAFETY: the stream is recording since `record`; the graph is destroyed once it is instantiated.
+        let made = unsafe {
+            result::stream::end_capture(self.stream).and_then(|graph| {
+                let handle = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+                let _ = result::graph::destroy(graph);
+                handle
+            })
+        };
+        let handle = self.context.check("record", made)?;
+        Ok(Graph { handle, context: Arc::clone(&self.context) })
+    }
+
+    unsafe fn replay(&mut self, graph: &Graph) -> Result<(), Error> {
+        self.context.enter()?;
+        // SAFETY: the graph is alive, and so is the memory it uses, says the caller.
+        self.context.check("replay", unsafe { result::graph::launch(graph.handle, self.stream) })
+    }
+
+    unsafe fn launch(&self, kernel: &'static str, shape: Shape, arguments: &[Argument]) -> Result<(), Error> {
         self.context.enter()?;
         let function = self.functions[kernel];
+        let mut pointers = [std::ptr::null_mut(); ARGUMENTS_MAX];
+        for (pointer, (at, _)) in pointers.iter_mut().zip(arguments) {
+            *pointer = at.cast_mut();
+        }
+        let pointers = &mut pointers[..arguments.len()];
         let (grid, shared) = ((shape.grid[0], shape.grid[1], shape.grid[2]), shape.shared_bytes as u32);
         // SAFETY: the caller vouches for the arguments; function and stream are ours.
         let queued =
-            unsafe { result::launch_kernel(function, grid, (shape.threads, 1, 1), shared, self.stream, arguments) };
+            unsafe { result::launch_kernel(function, grid, (shape.threads, 1, 1), shared, self.stream, pointers) };
         self.context.check("start a kernel", queued)
     }
 

@@ -6,7 +6,7 @@
 use std::cell::RefCell;
 use std::ffi::{CString, c_char, c_int, c_void};
 
-use super::device::{Address, Device, Element, Product, Shape};
+use super::device::{Address, Argument, Device, Element, Product, STAGES, Shape};
 use crate::Error;
 use crate::backend::{Backend, Epilogue};
 use crate::cpu::{AttentionLimits, CpuBackend, Isa};
@@ -45,6 +45,30 @@ pub enum Order {
 pub struct Emulated {
     order: Order,
     cpu: RefCell<CpuBackend>,
+    stages: [Stage; STAGES],
+    /// What is recorded, while that is so.
+    record: RefCell<Option<Vec<Queued>>>,
+}
+
+/// Bytes on their way: they arrive when they are taken and not before.
+#[derive(Default)]
+struct Stage {
+    bytes: Vec<u8>,
+    room: usize,
+    to: Address,
+    /// Taken and not yet released.
+    in_use: bool,
+}
+
+/// A recorded call, its arguments copied as a card's driver does.
+#[derive(Clone)]
+pub enum Queued {
+    /// A kernel and its arguments.
+    Launch(&'static str, Shape, Vec<Vec<u8>>),
+    /// A product.
+    Product(Product),
+    /// From, to, bytes.
+    Copy(Address, Address, usize),
 }
 
 /// A block of memory between guards.
@@ -99,7 +123,27 @@ impl Emulated {
     /// A device whose threads run in `order`. Errors: no memory, no threads.
     pub fn new(order: Order) -> Result<Self, Error> {
         let limits = AttentionLimits { keys: 1, head_size: 1 };
-        Ok(Self { order, cpu: RefCell::new(CpuBackend::new(1, Isa::detect(), limits)?) })
+        Ok(Self {
+            order,
+            cpu: RefCell::new(CpuBackend::new(1, Isa::detect(), limits)?),
+            stages: Default::default(),
+            record: RefCell::new(None),
+        })
+    }
+}
+
+impl Emulated {
+    /// Writes the call down, if that is what is done.
+    fn recorded_instead(&self, call: impl FnOnce() -> Queued) -> bool {
+        let mut record = self.record.borrow_mut();
+        record.as_mut().is_some_and(|calls| {
+            calls.push(call());
+            true
+        })
+    }
+
+    fn assert_not_recording(&self, what: &str) {
+        assert!(self.record.borrow().is_none(), "{what} cannot be recorded");
     }
 }
 
@@ -119,6 +163,7 @@ unsafe fn gather(at: Address, (rows, cols, ld): (usize, usize, usize), element: 
 
 impl Device for Emulated {
     type Memory = Memory;
+    type Graph = Vec<Queued>;
 
     fn name(&self) -> String {
         format!("cuda emulator ({:?} threads)", self.order)
@@ -139,40 +184,110 @@ impl Device for Emulated {
     }
 
     fn upload(&self, bytes: &[u8], to: Address) -> Result<(), Error> {
+        self.assert_not_recording("an upload");
         // SAFETY: callers give addresses of their own blocks with room for the bytes; nothing else runs meanwhile.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to as *mut u8, bytes.len()) };
         Ok(())
     }
 
     fn download(&self, from: Address, out: &mut [u8]) -> Result<(), Error> {
+        self.assert_not_recording("a download");
         // SAFETY: as in `upload`.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, out.as_mut_ptr(), out.len()) };
         Ok(())
     }
 
     fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), Error> {
+        if self.recorded_instead(|| Queued::Copy(from, to, bytes)) {
+            return Ok(());
+        }
         // SAFETY: as in `upload`; two blocks do not overlap.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
         Ok(())
     }
 
-    unsafe fn launch(&self, kernel: &'static str, shape: Shape, arguments: &mut [*mut c_void]) -> Result<(), Error> {
+    fn synchronise(&self) -> Result<(), Error> {
+        self.assert_not_recording("waiting");
+        Ok(())
+    }
+
+    fn open_stages(&mut self, bytes: usize) -> Result<(), Error> {
+        self.stages = [(); STAGES].map(|()| Stage { room: bytes, ..Stage::default() });
+        Ok(())
+    }
+
+    unsafe fn stage(&mut self, stage: usize, bytes: &[u8], to: Address) -> Result<(), Error> {
+        let stage = &mut self.stages[stage];
+        assert!(bytes.len() <= stage.room && !stage.in_use, "a stage is filled before it is released");
+        (stage.bytes, stage.to) = (bytes.to_vec(), to);
+        Ok(())
+    }
+
+    fn take_stage(&mut self, stage: usize) -> Result<(), Error> {
+        self.assert_not_recording("a stage");
+        let Stage { bytes, to, .. } = std::mem::take(&mut self.stages[stage]);
+        let room = self.stages[1 - stage].room;
+        self.stages[stage] = Stage { room, in_use: true, ..Stage::default() };
+        self.upload(&bytes, to)
+    }
+
+    fn release_stage(&mut self, stage: usize) -> Result<(), Error> {
+        assert!(std::mem::take(&mut self.stages[stage].in_use), "a stage is released that nobody took");
+        Ok(())
+    }
+
+    fn record(&mut self) -> Result<(), Error> {
+        self.assert_not_recording("a record");
+        *self.record.get_mut() = Some(Vec::new());
+        Ok(())
+    }
+
+    fn recorded(&mut self) -> Result<Vec<Queued>, Error> {
+        Ok(self.record.get_mut().take().expect("recording"))
+    }
+
+    unsafe fn replay(&mut self, graph: &Vec<Queued>) -> Result<(), Error> {
+        for call in graph {
+            match call {
+                Queued::Launch(kernel, shape, arguments) => {
+                    let arguments: Vec<_> = arguments.iter().map(|a| (a.as_ptr().cast(), a.len())).collect();
+                    // SAFETY: recorded from a launch of ours, copies of its arguments.
+                    unsafe { self.launch(kernel, *shape, &arguments)? };
+                }
+                // SAFETY: recorded from a product of ours; its memory lives, says the caller.
+                Queued::Product(product) => unsafe { self.product(product)? },
+                Queued::Copy(from, to, bytes) => self.copy(*from, *to, *bytes)?,
+            }
+        }
+        Ok(())
+    }
+
+    unsafe fn launch(&self, kernel: &'static str, shape: Shape, arguments: &[Argument]) -> Result<(), Error> {
+        // SAFETY: each argument is a value of so many bytes, says the caller.
+        let copy = |(at, bytes): &Argument| unsafe { std::slice::from_raw_parts(at.cast::<u8>(), *bytes) }.to_vec();
+        if self.recorded_instead(|| Queued::Launch(kernel, shape, arguments.iter().map(copy).collect())) {
+            return Ok(());
+        }
         let name = CString::new(kernel).expect("names are ours");
         let (order, seed) = match self.order {
             Order::Forward => (0, 0),
             Order::Reverse => (1, 0),
             Order::Shuffled(seed) => (2, seed),
         };
-        let (block, arguments) = ([shape.threads, 1, 1], arguments.as_mut_ptr());
-        // SAFETY: name, grid and block live through the call; the caller vouches for the arguments.
+        let mut pointers: Vec<*mut c_void> = arguments.iter().map(|(at, _)| at.cast_mut()).collect();
+        let (block, pointers) = ([shape.threads, 1, 1], pointers.as_mut_ptr());
+        // SAFETY: name, grid and block live through the call; the caller vouches for the arguments, which are only read.
         let missing = unsafe {
-            emu_launch(name.as_ptr(), shape.grid.as_ptr(), block.as_ptr(), shape.shared_bytes, arguments, order, seed)
+            emu_launch(name.as_ptr(), shape.grid.as_ptr(), block.as_ptr(), shape.shared_bytes, pointers, order, seed)
         };
         assert_eq!(missing, 0, "no kernel {kernel}");
         Ok(())
     }
 
     unsafe fn product(&mut self, p: &Product) -> Result<(), Error> {
+        if self.recorded_instead(|| Queued::Product(*p)) {
+            return Ok(());
+        }
         // SAFETY: the caller vouches for the matrices.
         let (x, w, bias) = unsafe {
             (

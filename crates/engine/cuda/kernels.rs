@@ -82,10 +82,10 @@ macro_rules! launch {
         launch!(@go $device, $kernel, $shape, $tuple, [$($pointer)* $index] [$($rest)*] $($tail,)*)
     };
     (@go $device:expr, $kernel:expr, $shape:expr, $tuple:ident, [$($index:tt)*] [$($rest:tt)*]) => {{
-        let mut pointers = [$(std::ptr::from_ref(&$tuple.$index).cast::<c_void>().cast_mut()),*];
+        let pointers = [$((std::ptr::from_ref(&$tuple.$index).cast::<c_void>(), size_of_val(&$tuple.$index))),*];
         // SAFETY: each pointer names a value of the parameter's type (the caller's note says which and why what it
         // describes stays inside its buffers); the values live until the call returns, when they have been copied.
-        unsafe { $device.launch($kernel, $shape, &mut pointers) }
+        unsafe { $device.launch($kernel, $shape, &pointers) }
     }};
 }
 

@@ -13,22 +13,26 @@ mod driver;
 #[cfg(feature = "emulator")]
 mod emulated;
 mod kernels;
+mod spans;
+#[cfg(feature = "cuda")]
+mod staging;
 #[cfg(feature = "cuda")]
 mod tuned;
 
-use self::device::{Address, Device, Element, Product};
+use self::device::{Address, Device, Element, Product, STAGES};
 #[cfg(feature = "cuda")]
 pub use self::driver::Gpu;
 #[cfg(feature = "emulator")]
 pub use self::emulated::{Emulated, Order};
-use self::kernels::{Attention, Matrix, NormParameters, Work};
+use self::kernels::{Attention, Matrix, NormParameters};
+use self::spans::Spans;
 use crate::backend::{Backend, Columns, Epilogue, Patches, Span, TextRows};
 use crate::{Config, Error, Options, PixelLut, Precision};
 
 /// Values a row's stride is a multiple of: 16 bytes at 16 bits.
 const STRIDE: usize = 8;
-/// Lists of spans that are kept on the device: those of captions and of images alternate from layer to layer.
-const SPAN_LISTS: usize = 2;
+/// Images up to which a batch's work is recorded and replayed: below, launches take longer than what they start.
+const RECORDED_IMAGES_MAX: usize = 8;
 
 /// What the backend's index buffers must hold.
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +52,20 @@ impl Limits {
         let rows = 2 * options.tokens_max.max(config.text.positions);
         Self { images: options.images_max, image_bytes: side * side * 3, rows }
     }
+}
+
+/// Whether the kernels can take a model of this shape. Errors: they cannot.
+#[cfg(feature = "cuda")]
+pub(crate) fn check_config(ordinal: usize, config: &Config) -> Result<(), Error> {
+    let (vision, text) = (&config.vision, &config.text);
+    let width = vision.hidden.max(text.hidden);
+    let head = (vision.hidden / vision.heads).max(text.hidden / text.heads);
+    if width <= kernels::NORM_COLS_MAX && head <= kernels::HEAD_SIZE_MAX {
+        return Ok(());
+    }
+    let (most, head_max) = (kernels::NORM_COLS_MAX, kernels::HEAD_SIZE_MAX);
+    let reason = format!("the model is {width} wide with heads of {head}, the kernels take {most} and {head_max}");
+    Err(Error::NoCuda { ordinal, reason })
 }
 
 /// A matrix of activations or table rows.
@@ -77,60 +95,61 @@ pub struct Norm<M> {
     eps: f32,
 }
 
-/// A list of spans on the device, cut into tiles.
-struct SpanList<M> {
-    spans: Vec<Span>,
-    tile_rows: usize,
-    count: usize,
-    device_spans: M,
-    device_items: M,
-}
-
 /// The backend on a device.
 pub struct CudaBackend<D: Device> {
     device: D,
     precision: Precision,
     limits: Limits,
-    pixels: D::Memory,
+    /// Where images arrive, in turn.
+    pixels: [D::Memory; STAGES],
+    /// The place that the next images go to.
+    stage: usize,
+    /// Bytes that are on their way to it.
+    staged: Option<usize>,
     lut: D::Memory,
     /// The table that `lut` holds.
     lut_host: Option<Box<PixelLut>>,
     ids: D::Memory,
     places: D::Memory,
     rows: D::Memory,
-    span_lists: [SpanList<D::Memory>; SPAN_LISTS],
-    /// The list used last.
-    newest: usize,
+    spans: Spans<D>,
     /// Room for what is uploaded or read.
     bytes: Vec<u8>,
     failed: Option<Error>,
+    /// By number of images.
+    repeats: [Repeat<D::Graph>; RECORDED_IMAGES_MAX + 1],
+    /// Whether the device can record.
+    records: bool,
+}
+
+/// What is known of work that comes again and again.
+enum Repeat<G> {
+    New,
+    /// Done once: products have their plans.
+    Seen,
+    Recorded(G),
 }
 
 impl<D: Device> CudaBackend<D> {
     /// A backend with index buffers for `limits`. Errors: no memory.
-    pub fn new(device: D, precision: Precision, limits: Limits) -> Result<Self, Error> {
-        let list = || -> Result<_, Error> {
-            Ok(SpanList {
-                spans: Vec::with_capacity(limits.rows),
-                tile_rows: 0,
-                count: 0,
-                device_spans: device.alloc(limits.rows * 16)?,
-                device_items: device.alloc(limits.rows * 8)?,
-            })
-        };
-        let span_lists = [list()?, list()?];
+    pub fn new(mut device: D, precision: Precision, limits: Limits) -> Result<Self, Error> {
+        let image_bytes = limits.images * limits.image_bytes;
+        device.open_stages(image_bytes)?;
         let index = || device.alloc(limits.rows.max(limits.images) * 4);
         Ok(Self {
-            pixels: device.alloc(limits.images * limits.image_bytes)?,
+            pixels: [device.alloc(image_bytes)?, device.alloc(image_bytes)?],
+            stage: 0,
+            staged: None,
             lut: device.alloc(3 * 256 * 4)?,
             lut_host: None,
             ids: index()?,
             places: index()?,
             rows: index()?,
-            span_lists,
-            newest: 0,
+            spans: Spans::new(&device, limits.rows)?,
             bytes: Vec::with_capacity(limits.rows * 16),
             failed: None,
+            repeats: [const { Repeat::New }; RECORDED_IMAGES_MAX + 1],
+            records: true,
             device,
             precision,
             limits,
@@ -150,6 +169,20 @@ impl<D: Device> CudaBackend<D> {
         if self.failed.is_none() {
             self.failed = work(self).err();
         }
+    }
+
+    /// `work` written down; none if the device cannot.
+    fn recorded(&mut self, work: &mut impl FnMut(&mut Self)) -> Option<D::Graph> {
+        self.device.record().ok()?;
+        work(self);
+        // What failed was not done: it is tried again without a record, and fails again if it must.
+        let failed = self.failed.take().is_some();
+        self.device.recorded().ok().filter(|_| !failed)
+    }
+
+    fn replay(&mut self, graph: &D::Graph) {
+        // SAFETY: the model's buffers and weights and our own live as long as the backend.
+        self.queue(|this| unsafe { this.device.replay(graph) });
     }
 
     fn buffer(&self, rows: usize, cols: usize, element: Element) -> Result<Buffer<D::Memory>, Error> {
@@ -181,52 +214,6 @@ impl<D: Device> CudaBackend<D> {
         self.bytes.extend(indices.flat_map(u32::to_le_bytes));
         self.device.upload(&self.bytes, to)
     }
-
-    /// The spans on the device, cut into tiles of `tile_rows` query rows; uploaded unless they are there already.
-    fn work(&mut self, spans: &[Span], tile_rows: usize) -> Result<Work, Error> {
-        if let Some((images, tokens)) = images_of(spans) {
-            return Ok(Work::Images { images, tokens });
-        }
-        let same = |list: &SpanList<_>| list.tile_rows == tile_rows && list.spans == spans;
-        let place = match self.span_lists.iter().position(same) {
-            Some(place) => place,
-            None => {
-                let place = (self.newest + 1) % SPAN_LISTS;
-                self.upload_spans(place, spans, tile_rows)?;
-                place
-            }
-        };
-        self.newest = place;
-        let list = &self.span_lists[place];
-        let (spans, items) = (D::address(&list.device_spans), D::address(&list.device_items));
-        Ok(Work::Spans { spans, items, count: list.count })
-    }
-
-    fn upload_spans(&mut self, place: usize, spans: &[Span], tile_rows: usize) -> Result<(), Error> {
-        let index = |value: usize| u32::try_from(value).expect("rows are limited when buffers are made");
-        // A tile has at least one row, so there are no more tiles than rows.
-        let rows: usize = spans.iter().map(|span| span.q_len).sum();
-        assert!(spans.len() <= self.limits.rows && rows <= self.limits.rows, "spans of {rows} rows");
-        let list = &mut self.span_lists[place];
-        list.spans.clear();
-        list.spans.extend_from_slice(spans);
-        (list.tile_rows, list.count) = (tile_rows, spans.iter().map(|span| span.q_len.div_ceil(tile_rows)).sum());
-        let (spans_at, items_at) = (D::address(&list.device_spans), D::address(&list.device_items));
-        self.upload_indices(spans.iter().flat_map(|s| [s.q, s.q_len, s.kv, s.kv_len].map(index)), spans_at)?;
-        let tiles = |(i, span): (usize, &Span)| {
-            (0..span.q_len).step_by(tile_rows).flat_map(move |first| [index(i), index(first)])
-        };
-        self.upload_indices(spans.iter().enumerate().flat_map(tiles), items_at)
-    }
-}
-
-/// Images and tokens where the spans are images that attend to themselves, one after the other.
-fn images_of(spans: &[Span]) -> Option<(usize, usize)> {
-    let tokens = spans.first()?.q_len;
-    let image = |(i, span): (usize, &Span)| {
-        span.q == i * tokens && span.kv == span.q && span.q_len == tokens && span.kv_len == tokens
-    };
-    spans.iter().enumerate().all(image).then_some((spans.len(), tokens))
 }
 
 impl<D: Device> Backend for CudaBackend<D> {
@@ -275,19 +262,36 @@ impl<D: Device> Backend for CudaBackend<D> {
         Ok(Norm { gain: vector(gain)?, bias: vector(bias)?, cols: gain.len(), eps })
     }
 
+    fn stage(&mut self, pixels: Option<&[u8]>) {
+        self.staged = pixels.map(<[u8]>::len);
+        let Some(pixels) = pixels else { return };
+        assert!(pixels.len() <= self.limits.images * self.limits.image_bytes);
+        self.queue(|this| {
+            let to = D::address(&this.pixels[this.stage]);
+            // SAFETY: the place has room for the most images; `patchify` takes and releases it around its only reader.
+            unsafe { this.device.stage(this.stage, pixels, to) }
+        });
+    }
+
     fn patchify(&mut self, pixels: &[u8], patches: Patches, lut: &PixelLut, out: &mut Self::Buf) {
         let Patches { image_size, patch_size } = patches;
         let images = pixels.len() / (image_size * image_size * 3);
         assert_eq!(pixels.len(), images * image_size * image_size * 3, "whole images of {image_size} px");
-        assert!(pixels.len() <= self.limits.images * self.limits.image_bytes);
+        if self.staged.is_none() {
+            self.stage(Some(pixels));
+        }
+        assert_eq!(self.staged.take(), Some(pixels.len()), "the images that were staged");
+        let stage = self.stage;
+        self.stage = (stage + 1) % STAGES;
         self.queue(|this| {
             if this.lut_host.as_deref() != Some(lut) {
                 this.fill(&this.lut, lut.as_flattened(), (256 * 3, 256 * 3), Element::F32)?;
                 this.lut_host = Some(Box::new(*lut));
             }
-            let at = (D::address(&this.pixels), D::address(&this.lut));
-            this.device.upload(pixels, at.0)?;
-            kernels::patchify(&this.device, at, images, (image_size, patch_size), matrix::<D>(out))
+            let at = (D::address(&this.pixels[stage]), D::address(&this.lut));
+            this.device.take_stage(stage)?;
+            kernels::patchify(&this.device, at, images, (image_size, patch_size), matrix::<D>(out))?;
+            this.device.release_stage(stage)
         });
     }
 
@@ -369,7 +373,7 @@ impl<D: Device> Backend for CudaBackend<D> {
             if most.0 == 0 {
                 return Ok(());
             }
-            let work = this.work(spans, kernel.rows())?;
+            let work = this.spans.work(&this.device, spans, kernel.rows())?;
             kernels::attention(&this.device, kernel, qkv, work, heads, out)
         });
     }
@@ -388,6 +392,36 @@ impl<D: Device> Backend for CudaBackend<D> {
             this.upload_indices(rows.iter().map(|row| u32::try_from(*row).expect("rows fit in i32")), at)?;
             if rows.is_empty() { Ok(()) } else { kernels::take_rows(&this.device, x, at, rows.len(), out) }
         });
+    }
+
+    fn repeat(&mut self, images: usize, mut work: impl FnMut(&mut Self)) {
+        if images > RECORDED_IMAGES_MAX || !self.records || self.failed.is_some() {
+            return work(self);
+        }
+        match std::mem::replace(&mut self.repeats[images], Repeat::Seen) {
+            Repeat::New => work(self),
+            Repeat::Seen => match self.recorded(&mut work) {
+                Some(graph) => {
+                    self.replay(&graph);
+                    self.repeats[images] = Repeat::Recorded(graph);
+                }
+                None => {
+                    self.records = false;
+                    work(self);
+                }
+            },
+            Repeat::Recorded(graph) => {
+                self.replay(&graph);
+                self.repeats[images] = Repeat::Recorded(graph);
+            }
+        }
+    }
+
+    fn finish(&mut self) -> Result<(), Error> {
+        match self.failed.take() {
+            Some(error) => Err(error),
+            None => self.device.synchronise(),
+        }
     }
 
     fn read(&mut self, buf: &Self::Buf, out: &mut [f32]) -> Result<(), Error> {

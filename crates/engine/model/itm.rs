@@ -35,6 +35,8 @@ pub struct Model<B: Backend> {
     backend: B,
     net: Net<B>,
     info: Info,
+    /// The images that are on their way to the device: [`Batch::images_id`].
+    staged: Option<u64>,
 }
 
 struct Net<B: Backend> {
@@ -46,11 +48,12 @@ struct Net<B: Backend> {
     enc_token: u32,
     tokens_max: usize,
     chunk: Chunk,
-    /// `[max(B, C), V]` and `[C, T]`: the rows the heads read
+    /// `[B, V]` and `[C, T]`: the rows the heads read
     image_rows: B::Buf,
     text_rows: B::Buf,
-    /// `[max(B, C), P]`
-    features: B::Buf,
+    /// `[B, P]` and `[C, P]`
+    image_features: B::Buf,
+    text_features: B::Buf,
     /// `[C, 2]`
     logits: B::Buf,
     host_images: Vec<f32>,
@@ -68,7 +71,7 @@ impl<B: Backend> Model<B> {
         let net = Net::load(&Loader { backend: &backend, checkpoint }, lut, options, tokens_max)?;
         let (device, precision) = (backend.device(), backend.precision());
         let info = Info { config, device, precision, images_max: options.images_max, tokens_max };
-        Ok(Self { backend, net, info })
+        Ok(Self { backend, net, info, staged: None })
     }
 
     /// [`Scorer::score`] with a look at what happens inside.
@@ -76,12 +79,28 @@ impl<B: Backend> Model<B> {
         &mut self,
         batch: &Batch,
         out: &mut Vec<PairScore>,
+        observer: Observer<'_>,
+    ) -> Result<(), Error> {
+        self.score_between(batch, None, out, observer)
+    }
+
+    fn score_between(
+        &mut self,
+        batch: &Batch,
+        next: Option<&Batch>,
+        out: &mut Vec<PairScore>,
         mut observer: Observer<'_>,
     ) -> Result<(), Error> {
         batch.check(&self.info)?;
         out.clear();
-        let net = &mut self.net;
-        self.backend.run(|backend| net.score(backend, batch, out, &mut observer))
+        if self.staged.take() != Some(batch.images_id()) {
+            self.backend.stage(None);
+        }
+        // A batch that cannot be scored is not brought either: its own call says why.
+        let next = next.filter(|next| next.captions() > 0 && next.check(&self.info).is_ok());
+        self.staged = next.filter(|_| batch.captions() > 0).map(Batch::images_id);
+        let (net, pixels) = (&mut self.net, next.map(Batch::pixels));
+        self.backend.run(|backend| net.score(backend, batch, pixels, out, &mut observer))
     }
 }
 
@@ -91,7 +110,11 @@ impl<B: Backend> Scorer for Model<B> {
     }
 
     fn score(&mut self, batch: &Batch, out: &mut Vec<PairScore>) -> Result<(), Error> {
-        self.score_observed(batch, out, None)
+        self.score_between(batch, None, out, None)
+    }
+
+    fn score_ahead(&mut self, batch: &Batch, next: &Batch, out: &mut Vec<PairScore>) -> Result<(), Error> {
+        self.score_between(batch, Some(next), out, None)
     }
 }
 
@@ -125,7 +148,8 @@ impl<B: Backend> Net<B> {
             },
             image_rows: backend.alloc(options.images_max, v)?,
             text_rows: backend.alloc(captions_max, t)?,
-            features: backend.alloc_results(captions_max.max(options.images_max), p)?,
+            image_features: backend.alloc_results(options.images_max, p)?,
+            text_features: backend.alloc_results(captions_max, p)?,
             logits: backend.alloc_results(captions_max, 2)?,
             host_images: vec![0.0; options.images_max * p],
             host_texts: vec![0.0; captions_max * p],
@@ -138,19 +162,26 @@ impl<B: Backend> Net<B> {
         &mut self,
         backend: &mut B,
         batch: &Batch,
+        next: Option<&[u8]>,
         out: &mut Vec<PairScore>,
         observer: &mut Observer<'_>,
     ) -> Result<(), Error> {
         if batch.captions() == 0 {
             return Ok(());
         }
-        let tokens = self.vit.tokens();
-        self.vit.forward(backend, batch.pixels(), observer)?;
-        if self.heads.itm {
-            self.bert.see_images(backend, self.vit.embeds(), batch.images() * tokens);
+        let images = self.vit.patchify(backend, batch.pixels());
+        if observer.is_some() {
+            self.see_images(backend, images, observer)?;
+        } else {
+            let mut seen = Ok(());
+            backend.repeat(images, |backend| seen = self.see_images(backend, images, &mut None));
+            seen?;
         }
         if self.heads.cosine {
-            self.image_features(backend, batch.images())?;
+            self.image_features(backend, images);
+        }
+        if next.is_some() {
+            backend.stage(next);
         }
         let mut first = 0;
         while first < batch.captions() {
@@ -161,14 +192,27 @@ impl<B: Backend> Net<B> {
         Ok(())
     }
 
-    /// Projects every image's class row and brings the normalised features to the host, `[B, P]`.
-    fn image_features(&mut self, backend: &mut B, images: usize) -> Result<(), Error> {
+    /// Encodes the images and makes what the text encoder sees of them.
+    fn see_images(&mut self, backend: &mut B, images: usize, observer: &mut Observer<'_>) -> Result<(), Error> {
+        self.vit.encode(backend, images, observer)?;
+        if self.heads.itm {
+            self.bert.see_images(backend, self.vit.embeds(), images * self.vit.tokens());
+        }
+        Ok(())
+    }
+
+    /// Projects every image's class row, `[B, P]`.
+    fn image_features(&mut self, backend: &mut B, images: usize) {
         self.chunk.first_rows.clear();
         self.chunk.first_rows.extend((0..images).map(|i| i * self.vit.tokens()));
         backend.take_rows(self.vit.embeds(), &self.chunk.first_rows, &mut self.image_rows);
-        backend.linear(&self.image_rows, images, &self.projections.vision, Epilogue::Store, &mut self.features);
+        backend.linear(&self.image_rows, images, &self.projections.vision, Epilogue::Store, &mut self.image_features);
+    }
+
+    /// Brings the images' features to the host, normalised.
+    fn read_image_features(&mut self, backend: &mut B, images: usize) -> Result<(), Error> {
         let host = &mut self.host_images[..images * self.projection];
-        backend.read(&self.features, host)?;
+        backend.read(&self.image_features, host)?;
         host.chunks_exact_mut(self.projection).for_each(normalize);
         Ok(())
     }
@@ -226,12 +270,20 @@ impl<B: Backend> Net<B> {
         if self.heads.itm {
             backend.take_rows(self.bert.output(), itm_rows, &mut self.text_rows);
             backend.linear(&self.text_rows, count, &self.projections.itm, Epilogue::Store, &mut self.logits);
-            backend.read(&self.logits, &mut self.host_logits[..count * 2])?;
         }
         if self.heads.cosine {
             backend.take_rows(self.bert.output(), cosine_rows, &mut self.text_rows);
-            backend.linear(&self.text_rows, count, &self.projections.text, Epilogue::Store, &mut self.features);
-            backend.read(&self.features, &mut self.host_texts[..count * p])?;
+            backend.linear(&self.text_rows, count, &self.projections.text, Epilogue::Store, &mut self.text_features);
+        }
+        // Everything is queued: only now does the host wait.
+        if self.heads.itm {
+            backend.read(&self.logits, &mut self.host_logits[..count * 2])?;
+        }
+        if self.heads.cosine {
+            if captions.start == 0 {
+                self.read_image_features(backend, batch.images())?;
+            }
+            backend.read(&self.text_features, &mut self.host_texts[..count * p])?;
         }
         for (i, caption) in captions.enumerate() {
             let image = batch.image_of(caption) * p;

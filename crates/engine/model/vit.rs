@@ -95,20 +95,22 @@ impl<B: Backend> Vit<B> {
         self.patches.count() + 1
     }
 
-    /// Encodes `pixels [B, S, S, 3]`; the result, [`Self::embeds`], is `[B * N, V]`.
-    pub(super) fn forward(&mut self, backend: &mut B, pixels: &[u8], observer: &mut Observer<'_>) -> Result<(), Error> {
-        let side = self.config.image_size;
-        let images = pixels.len() / (side * side * 3);
-        let (v, tokens) = (self.config.hidden, self.tokens());
-        let rows = images * tokens;
+    /// Cuts `pixels [B, S, S, 3]` into patches for [`Self::encode`]; returns B.
+    pub(super) fn patchify(&mut self, backend: &mut B, pixels: &[u8]) -> usize {
+        let (images, tokens) = (pixels.len() / (self.config.image_size.pow(2) * 3), self.tokens());
         backend.patchify(pixels, self.patches, &self.lut, &mut self.pixels);
-        let count = images * self.patches.count();
-        backend.linear(&self.pixels, count, &self.patch_embedding, Epilogue::Store, &mut self.context);
-        observe(observer, backend, Tap::Patches, &self.context, count * v)?;
-        backend.image_tokens(&self.context, images, &self.positions, &mut self.x);
-        observe(observer, backend, Tap::ImageEmbeddings, &self.x, rows * v)?;
         self.spans.clear();
         self.spans.extend((0..images).map(|i| Span { q: i * tokens, q_len: tokens, kv: i * tokens, kv_len: tokens }));
+        images
+    }
+
+    /// Encodes the `images` images that were cut into patches; the result, [`Self::embeds`], is `[B * N, V]`.
+    pub(super) fn encode(&mut self, backend: &mut B, images: usize, observer: &mut Observer<'_>) -> Result<(), Error> {
+        let (v, patches, rows) = (self.config.hidden, images * self.patches.count(), images * self.tokens());
+        backend.linear(&self.pixels, patches, &self.patch_embedding, Epilogue::Store, &mut self.context);
+        observe(observer, backend, Tap::Patches, &self.context, patches * v)?;
+        backend.image_tokens(&self.context, images, &self.positions, &mut self.x);
+        observe(observer, backend, Tap::ImageEmbeddings, &self.x, rows * v)?;
         for i in 0..self.layers.len() {
             self.block(backend, i, rows);
             observe(observer, backend, Tap::ImageBlock(i), &self.x, rows * v)?;
