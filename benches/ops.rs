@@ -7,7 +7,7 @@
 
 use std::time::Instant;
 
-use capsieve_engine::testing::{AttentionLimits, Backend, Columns, CpuBackend, Epilogue, Isa, Span, multiply_adds};
+use capsieve_engine::testing::{AttentionLimits, Backend, Columns, CpuBackend, Epilogue, Isa, Span, ceiling};
 
 const ROUNDS: usize = 5;
 
@@ -23,20 +23,6 @@ fn best(mut work: impl FnMut()) -> f64 {
 
 fn values(count: usize) -> Vec<f32> {
     (0..count).map(|i| (i * 7919 % 1001) as f32 / 500.0 - 1.0).collect()
-}
-
-/// GFLOP/s of multiply-adds that never leave the registers, on all threads: what this machine can reach.
-fn peak(isa: Isa, threads: usize) -> f64 {
-    const ROUNDS_OF_CHAINS: usize = 20_000_000;
-    let mut operations = 0;
-    let seconds = best(|| {
-        operations = std::thread::scope(|scope| {
-            let work = || scope.spawn(move || multiply_adds(isa, ROUNDS_OF_CHAINS));
-            let running: Vec<_> = (0..threads).map(|_| work()).collect();
-            running.into_iter().map(|thread| thread.join().unwrap()).sum::<usize>()
-        });
-    });
-    operations as f64 / seconds / 1e9
 }
 
 fn products(backend: &mut CpuBackend, peak: f64) {
@@ -94,8 +80,7 @@ fn main() {
     let threads = position.map_or(0, |i| arguments[i + 1].parse().unwrap());
     for isa in Isa::available() {
         let mut backend = CpuBackend::new(threads, isa, AttentionLimits { keys: 577, head_size: 64 }).unwrap();
-        let threads = if threads == 0 { std::thread::available_parallelism().unwrap().get() } else { threads };
-        let peak = peak(isa, threads);
+        let peak = ceiling(isa, threads) / 1e9;
         println!("\n{}: multiply-adds reach {peak:.0} GFLOP/s", backend.device());
         products(&mut backend, peak);
         attention(&mut backend, peak);

@@ -349,6 +349,13 @@ fn bench_measures() {
     for name in ["engine_pairs_per_second", "pipeline_pairs_per_second", "prepare_images_per_second", "load_seconds"] {
         assert!(report[name].as_f64().is_some_and(|value| value > 0.0), "{name}: {report}");
     }
+    // The operations' multiply-adds are the model's, and no faster than the device can be.
+    let number = |value: &Value, name: &str| value[name].as_f64().unwrap();
+    let stages = report["stages"].as_array().unwrap();
+    let operations: f64 = stages.iter().map(|s| number(s, "gflops") * number(s, "milliseconds") / 1e3).sum();
+    let pass = 6.0 / number(&report, "engine_pairs_per_second") * number(&report, "engine_gflops");
+    assert!((operations / pass - 1.0).abs() < 0.02, "{operations} GFLOP in operations, {pass} in a pass");
+    assert!(stages.iter().all(|s| number(s, "gflops") < 1.5 * number(&report, "ceiling_gflops")), "{report}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The whole forward pass against PyTorch: scores of all pairs and values inside the network, on every instruction set.
 
-#[cfg(feature = "emulator")]
+#[cfg(any(feature = "cuda", feature = "emulator"))]
 mod cuda;
 
 #[cfg(feature = "emulator")]
@@ -38,6 +38,8 @@ enum Target {
     Cpu(Isa),
     #[cfg(feature = "emulator")]
     Cuda(Precision),
+    #[cfg(feature = "cuda")]
+    Card(Precision),
 }
 
 /// Every backend that computes in f32.
@@ -72,6 +74,11 @@ fn load(oracle: &Oracle, target: Target, options: &Options) -> Box<dyn Watched> 
             let rows = 2 * options.tokens_max.max(checkpoint.config().text.positions);
             let backend = crate::support::emulated(Order::Shuffled(7), precision, rows);
             Box::new(Model::load(backend, &checkpoint, &lut, options).unwrap())
+        }
+        #[cfg(feature = "cuda")]
+        Target::Card(precision) => {
+            let rows = 2 * options.tokens_max.max(checkpoint.config().text.positions);
+            Box::new(Model::load(crate::support::card(precision, rows), &checkpoint, &lut, options).unwrap())
         }
     }
 }
@@ -364,25 +371,29 @@ fn a_batch_the_model_cannot_take_is_refused() {
 /// What is brought ahead is what is scored, whatever comes next in truth.
 #[test]
 fn batches_scored_ahead_equal_batches_scored_alone() {
+    for target in targets() {
+        check_scored_ahead(target);
+    }
+}
+
+fn check_scored_ahead(target: Target) {
     let oracle = Oracle::load("tiny");
     let batches = [(0, 1), (1, 0), (2, 1)].map(|pair| batch(&oracle, &[pair]));
-    for target in targets() {
-        let mut model = load(&oracle, target, &OPTIONS);
-        let mut ahead = |now: &Batch, next: &Batch| {
-            let mut out = Vec::new();
-            model.score_ahead(now, next, &mut out).unwrap();
-            out
-        };
-        let nothing = Batch::new(oracle.image_size);
-        let alone = batches.each_ref().map(|batch| ahead(batch, &nothing));
-        // A promise that is kept, one that is broken, and one that changes after it was made.
-        assert_eq!(ahead(&batches[0], &batches[1]), alone[0], "{target:?}");
-        assert_eq!(ahead(&batches[1], &batches[2]), alone[1], "{target:?}: kept");
-        let mut changing = batches[1].clone();
-        assert_eq!(ahead(&batches[0], &changing), alone[0], "{target:?}: broken");
-        changing.clear();
-        changing.push_image(&oracle.pixels[2]);
-        changing.push_caption(&oracle.tokens[1]);
-        assert_eq!(ahead(&changing, &nothing), alone[2], "{target:?}: changed");
-    }
+    let mut model = load(&oracle, target, &OPTIONS);
+    let mut ahead = |now: &Batch, next: &Batch| {
+        let mut out = Vec::new();
+        model.score_ahead(now, next, &mut out).unwrap();
+        out
+    };
+    let nothing = Batch::new(oracle.image_size);
+    let alone = batches.each_ref().map(|batch| ahead(batch, &nothing));
+    // A promise that is kept, one that is broken, and one that changes after it was made.
+    assert_eq!(ahead(&batches[0], &batches[1]), alone[0], "{target:?}");
+    assert_eq!(ahead(&batches[1], &batches[2]), alone[1], "{target:?}: kept");
+    let mut changing = batches[1].clone();
+    assert_eq!(ahead(&batches[0], &changing), alone[0], "{target:?}: broken");
+    changing.clear();
+    changing.push_image(&oracle.pixels[2]);
+    changing.push_caption(&oracle.tokens[1]);
+    assert_eq!(ahead(&changing, &nothing), alone[2], "{target:?}: changed");
 }

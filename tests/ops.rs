@@ -102,7 +102,24 @@ macro_rules! on_every_backend {
                 }
             }
         }
-    )*};
+    )*
+        /// On a real card: `capsieve-tests --ignored card::`, see scripts/gpu-check.
+        #[cfg(feature = "cuda")]
+        mod card {
+            use super::*;
+            $(
+                #[test]
+                #[ignore = "needs an NVIDIA card"]
+                fn $test() {
+                    for precision in [Precision::F32, Precision::F16, Precision::Bf16] {
+                        let mut backend = crate::support::card(precision, 2048);
+                        let on = On { name: format!("card {}", precision.name()), precision };
+                        checks::$test(&mut backend, &on);
+                    }
+                }
+            )*
+        }
+    };
 }
 
 on_every_backend! {
@@ -113,10 +130,12 @@ on_every_backend! {
     attention_of_real_heads_equals_naive
     attention_spans_are_separate
     attention_survives_huge_scores
+    attention_sums_are_f32
     patchify_takes_patches_row_by_row
     image_tokens_prepend_the_class_row
     embed_adds_and_norms
     rows_are_taken_and_copied
+    reruns_are_identical
 }
 
 fn poisoned<B: Backend>(backend: &B, rows: usize, cols: usize) -> B::Buf {

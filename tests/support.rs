@@ -10,10 +10,14 @@ use std::time::Duration;
 use arrow::array::{ArrayRef, AsArray, BinaryArray, ListBuilder, RecordBatch, StringArray, StringBuilder};
 use arrow::compute::concat_batches;
 use arrow::datatypes::Float32Type;
-#[cfg(feature = "emulator")]
+#[cfg(any(feature = "cuda", feature = "emulator"))]
 use capsieve_engine::Precision;
+#[cfg(feature = "cuda")]
+use capsieve_engine::testing::Gpu;
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+use capsieve_engine::testing::{CudaBackend, Limits};
 #[cfg(feature = "emulator")]
-use capsieve_engine::testing::{CudaBackend, Emulated, Limits, Order};
+use capsieve_engine::testing::{Emulated, Order};
 use capsieve_prep::RgbImage;
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
@@ -163,4 +167,11 @@ pub(crate) const ORDERS: [Order; 3] = [Order::Forward, Order::Reverse, Order::Sh
 pub(crate) fn emulated(order: Order, precision: Precision, rows: usize) -> CudaBackend<Emulated> {
     let limits = Limits { images: 8, image_bytes: 384 * 384 * 3, rows };
     CudaBackend::new(Emulated::new(order).unwrap(), precision, limits).unwrap()
+}
+
+/// The CUDA backend on the first card, with room for `rows` text rows.
+#[cfg(feature = "cuda")]
+pub(crate) fn card(precision: Precision, rows: usize) -> CudaBackend<Gpu> {
+    let limits = Limits { images: 8, image_bytes: 384 * 384 * 3, rows };
+    CudaBackend::new(Gpu::open(0, precision).unwrap(), precision, limits).unwrap()
 }

@@ -22,16 +22,18 @@ mod cpu;
 mod cuda;
 mod error;
 mod model;
+mod profile;
 
 pub use batch::Batch;
 pub use checkpoint::{Checkpoint, Config, SyntheticSize, TensorInfo, TextConfig, VisionConfig};
 pub use error::Error;
+pub use profile::Stage;
 
 /// The parts of the engine that its tests compare with independent references; not for users.
 #[doc(hidden)]
 pub mod testing {
     pub use crate::backend::{Backend, Columns, Epilogue, Patches, Span, TextRows};
-    pub use crate::cpu::{AttentionLimits, CpuBackend, Isa, multiply_adds};
+    pub use crate::cpu::{AttentionLimits, CpuBackend, Isa, ceiling};
     #[cfg(feature = "cuda")]
     pub use crate::cuda::Gpu;
     #[cfg(any(feature = "cuda", feature = "emulator"))]
@@ -197,17 +199,71 @@ fn no_cuda(ordinal: usize) -> Error {
 pub fn load(checkpoint: &Checkpoint, lut: &PixelLut, options: &Options) -> Result<Box<dyn Scorer>, Error> {
     assert!(options.heads.itm || options.heads.cosine, "at least one head");
     match options.device {
-        Device::Cpu => {
-            assert_eq!(options.precision, Precision::F32, "the CPU computes in f32");
-            let limits = attention_limits(checkpoint.config());
-            let backend = cpu::CpuBackend::new(options.threads, cpu::Isa::detect(), limits)?;
-            Ok(Box::new(model::Model::load(backend, checkpoint, lut, options)?))
-        }
+        Device::Cpu => Ok(Box::new(model::Model::load(cpu_backend(checkpoint, options)?, checkpoint, lut, options)?)),
         #[cfg(feature = "cuda")]
         Device::Cuda(ordinal) => load_cuda(ordinal, checkpoint, lut, options),
         #[cfg(not(feature = "cuda"))]
         Device::Cuda(ordinal) => Err(no_cuda(ordinal)),
     }
+}
+
+/// Seconds of each kind of operation in a pass over `batch`, on a model that is loaded for it; the mean of `passes`.
+///
+/// Every operation is waited for, so the sum is a little more than what a pass takes.
+///
+/// # Errors
+/// As [`load`] and [`Scorer::score`].
+pub fn profile(
+    checkpoint: &Checkpoint,
+    lut: &PixelLut,
+    options: &Options,
+    batch: &Batch,
+    passes: usize,
+) -> Result<Vec<Stage>, Error> {
+    match options.device {
+        Device::Cpu => profile::profile(cpu_backend(checkpoint, options)?, checkpoint, lut, options, (batch, passes)),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(ordinal) => {
+            let backend = cuda_backend(ordinal, checkpoint, options)?;
+            profile::profile(backend, checkpoint, lut, options, (batch, passes))
+        }
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda(ordinal) => Err(no_cuda(ordinal)),
+    }
+}
+
+/// FLOP/s that the device reaches at best: a processor with multiply-adds between registers on all threads, a card with a
+/// square product of 8192 in the options' precision.
+///
+/// # Errors
+/// No such device, no memory.
+pub fn ceiling(checkpoint: &Checkpoint, options: &Options) -> Result<f64, Error> {
+    match options.device {
+        Device::Cpu => Ok(cpu::ceiling(cpu::Isa::detect(), options.threads)),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(ordinal) => profile::product_ceiling(cuda_backend(ordinal, checkpoint, options)?),
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda(ordinal) => {
+            let _ = checkpoint;
+            Err(no_cuda(ordinal))
+        }
+    }
+}
+
+fn cpu_backend(checkpoint: &Checkpoint, options: &Options) -> Result<cpu::CpuBackend, Error> {
+    assert_eq!(options.precision, Precision::F32, "the CPU computes in f32");
+    cpu::CpuBackend::new(options.threads, cpu::Isa::detect(), attention_limits(checkpoint.config()))
+}
+
+#[cfg(feature = "cuda")]
+fn cuda_backend(
+    ordinal: usize,
+    checkpoint: &Checkpoint,
+    options: &Options,
+) -> Result<cuda::CudaBackend<cuda::Gpu>, Error> {
+    cuda::check_config(ordinal, checkpoint.config())?;
+    let gpu = cuda::Gpu::open(ordinal, options.precision)?;
+    cuda::CudaBackend::new(gpu, options.precision, cuda::Limits::new(checkpoint.config(), options))
 }
 
 /// Halves the batch until it fits beside the weights.
@@ -219,10 +275,8 @@ fn load_cuda(
     options: &Options,
 ) -> Result<Box<dyn Scorer>, Error> {
     let mut options = *options;
-    cuda::check_config(ordinal, checkpoint.config())?;
     loop {
-        let gpu = cuda::Gpu::open(ordinal, options.precision)?;
-        let loaded = cuda::CudaBackend::new(gpu, options.precision, cuda::Limits::new(checkpoint.config(), &options))
+        let loaded = cuda_backend(ordinal, checkpoint, &options)
             .and_then(|backend| model::Model::load(backend, checkpoint, lut, &options));
         match loaded {
             Ok(model) => return Ok(Box::new(model)),

@@ -6,7 +6,7 @@ use std::time::Instant;
 use arrow_array::builder::{ListBuilder, StringBuilder};
 use arrow_array::cast::AsArray;
 use arrow_array::{Array, ArrayRef, BinaryArray, RecordBatch, StringArray};
-use capsieve_engine::{Batch, Config, Heads, ItmToken, Options, Scorer};
+use capsieve_engine::{Batch, Config, Heads, ItmToken, Options, Scorer, Stage};
 use capsieve_store::{ColumnOptions, Columns, Location, OutputHeads, OutputOptions, ShardReader, ShardWriter};
 use futures::{StreamExt, pin_mut, stream};
 use serde::Serialize;
@@ -19,6 +19,9 @@ use crate::{CaptionPolicy, EngineChoice, Error, LoadedModel, Progress, Result, e
 
 /// Columns are found by their usual names.
 const DETECT: ColumnOptions = ColumnOptions { image: None, caption: None, key: None };
+
+/// Passes whose operations are timed one by one.
+const PROFILE_PASSES: usize = 2;
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -54,12 +57,37 @@ pub struct BenchReport {
     pub engine_pairs_per_second: f64,
     /// The same as multiply-adds times two.
     pub engine_gflops: f64,
+    /// What the device reaches at best: a card with a product of 8192 x 8192 x 8192 in this precision, a processor with
+    /// multiply-adds between registers; measured just before.
+    pub ceiling_gflops: f64,
+    /// Kinds of operation in one pass of the engine, most costly first, each operation waited for.
+    pub stages: Vec<StageReport>,
     /// Images/s of preparation, all threads, while the engine works beside it.
     pub prepare_images_per_second: f64,
     /// Pairs/s from Parquet to Parquet.
     pub pipeline_pairs_per_second: f64,
     /// Largest memory of the process so far; `None` where the system does not tell.
     pub peak_memory_bytes: Option<u64>,
+}
+
+/// Operations of one kind in one pass over a batch.
+#[derive(Clone, Debug, Serialize)]
+pub struct StageReport {
+    /// "product 1024 -> 4096, gelu"
+    pub name: String,
+    /// How often it is done.
+    pub calls: usize,
+    /// Milliseconds of all calls together.
+    pub milliseconds: f64,
+    /// 10^9 multiply-adds times two a second; 0 where they do not matter.
+    pub gflops: f64,
+}
+
+impl From<Stage> for StageReport {
+    fn from(stage: Stage) -> Self {
+        let Stage { name, calls, seconds, flops } = stage;
+        Self { name, calls, milliseconds: seconds * 1e3, gflops: flops / seconds / 1e9 }
+    }
 }
 
 /// The rows that are measured: the bundled shard's images and captions.
@@ -77,13 +105,21 @@ pub async fn bench(model: &LoadedModel, bench: &BenchOptions) -> Result<BenchRep
     let config = model.checkpoint.config().clone();
     let engines = bench.engine.find()?;
     let options = engine_options(&config, &bench.engine, &engines, bench.heads, ItmToken::Cls);
+    let ceiling = capsieve_engine::ceiling(&model.checkpoint, &options)?;
     let start = Instant::now();
     let mut scorer = model.scorer(&options)?;
     let load_seconds = start.elapsed().as_secs_f64();
-    let (engine, tokens) = engine(model, bench, &options, &rows, scorer.as_mut())?;
+    let options = Options { images_max: scorer.info().images_max, ..options };
+    let batch = engine_batch(model, bench, &options, &rows)?;
+    let engine = engine(bench, &batch, scorer.as_mut())?;
+    let tokens = batch.tokens() as f64 / batch.captions() as f64;
     let (device, precision) = (scorer.info().device.clone(), scorer.info().precision.name());
     let count = ((bench.seconds * engine / bench.captions as f64).ceil() as usize).next_multiple_of(options.images_max);
     let (pipeline, prepare) = pipeline(model, bench, &rows, scorer, count).await?;
+    let peak_memory_bytes = peak_memory();
+    // A second model: the first one is gone by now.
+    let stages =
+        capsieve_engine::profile(&model.checkpoint, &model.image.pixel_lut(), &options, &batch, PROFILE_PASSES)?;
     Ok(BenchReport {
         model: model.name.clone(),
         device,
@@ -94,9 +130,11 @@ pub async fn bench(model: &LoadedModel, bench: &BenchOptions) -> Result<BenchRep
         load_seconds,
         engine_pairs_per_second: engine,
         engine_gflops: engine * flops_per_pair(&config, bench.captions, tokens, bench.heads) / 1e9,
+        ceiling_gflops: ceiling / 1e9,
+        stages: stages.into_iter().map(StageReport::from).collect(),
         prepare_images_per_second: prepare,
         pipeline_pairs_per_second: pipeline,
-        peak_memory_bytes: peak_memory(),
+        peak_memory_bytes,
     })
 }
 
@@ -148,14 +186,8 @@ fn temporary(source: std::io::Error) -> Error {
     Error::File { path: "a temporary folder".to_owned(), source }
 }
 
-/// Pairs/s of full batches, median, and the mean length of a caption.
-fn engine(
-    model: &LoadedModel,
-    bench: &BenchOptions,
-    options: &Options,
-    rows: &Rows,
-    scorer: &mut dyn Scorer,
-) -> Result<(f64, f64)> {
+/// A full batch of the bundled rows.
+fn engine_batch(model: &LoadedModel, bench: &BenchOptions, options: &Options, rows: &Rows) -> Result<Batch> {
     let mut batch = Batch::new(model.image.size);
     let bad = |source| Error::Preprocessing { model: model.name.clone(), source };
     let limits = capsieve_prep::DecodeLimits::default();
@@ -166,18 +198,23 @@ fn engine(
             batch.push_caption(&model.tokenizer.encode(rows.caption(i + c)).map_err(bad)?);
         }
     }
+    Ok(batch)
+}
+
+/// Pairs/s of full batches, median.
+fn engine(bench: &BenchOptions, batch: &Batch, scorer: &mut dyn Scorer) -> Result<f64> {
     let (mut times, mut scores) = (Vec::new(), Vec::new());
     let start = Instant::now();
     while times.len() < 2 || start.elapsed().as_secs_f64() < bench.seconds {
         let start = Instant::now();
-        scorer.score(&batch, &mut scores)?;
+        // As the pipeline does it: the next batch is brought to the device meanwhile.
+        scorer.score_ahead(batch, batch, &mut scores)?;
         times.push(start.elapsed().as_secs_f64());
     }
     // The first batch touches every buffer for the first time.
     let mut times = times.split_off(1);
     times.sort_by(f64::total_cmp);
-    let pairs = batch.captions() as f64;
-    Ok((pairs / times[times.len() / 2], batch.tokens() as f64 / pairs))
+    Ok(batch.captions() as f64 / times[times.len() / 2])
 }
 
 /// Pairs/s of `count` rows from memory to a Parquet file, and images/s of the preparation.

@@ -25,7 +25,7 @@ mod score;
 mod synth;
 
 pub use batching::engine_options;
-pub use bench::{BenchOptions, BenchReport, bench};
+pub use bench::{BenchOptions, BenchReport, StageReport, bench};
 pub use capsieve_engine::{Heads, ItmToken, Precision};
 pub use capsieve_store::ColumnOptions;
 pub use demo::{DemoReport, DemoRow, NoiseReport, demo};

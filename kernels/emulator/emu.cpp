@@ -56,6 +56,7 @@ struct Copy {
   unsigned char* to;
   const unsigned char* from;
   int bytes, bytes_read;
+  bool done;
 };
 
 constexpr size_t STACK_BYTES = 256 << 10;
@@ -174,17 +175,26 @@ void switch_to(Fiber* to) {
   arrived();
 }
 
+uint64_t random_number() {
+  uint64_t& x = block->random;
+  x ^= x << 13, x ^= x >> 7, x ^= x << 17;
+  return x;
+}
+
+// When an asynchronous copy is made: as late as hardware may in forward order, at once in reverse order, else by
+// chance. Late copies show waits that are missing, early ones memory that is overwritten while others still read it.
+bool copy_at_once() {
+  if (block->launch->order == SHUFFLED) return random_number() >> 32 & 1;
+  return block->launch->order == REVERSE;
+}
+
 // The fiber that runs next, none if all wait.
 Fiber* next() {
   auto& ready = block->ready;
   if (ready.empty()) return nullptr;
   size_t k = 0;
   if (block->launch->order == REVERSE) k = ready.size() - 1;
-  if (block->launch->order == SHUFFLED) {
-    uint64_t& x = block->random;
-    x ^= x << 13, x ^= x >> 7, x ^= x << 17;
-    k = x % ready.size();
-  }
+  if (block->launch->order == SHUFFLED) k = random_number() % ready.size();
   int id = ready[k];
   ready.erase(ready.begin() + static_cast<long>(k));
   return &block->fibers[static_cast<size_t>(id)];
@@ -270,16 +280,20 @@ void cp_async(void* to, const void* from, int bytes, int bytes_read) {
     return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) != 0;
   };
   if (misaligned(to) || (bytes_read && misaligned(from))) fail("cp.async: a copy of %d bytes is not aligned", bytes);
-  block->running->copies.push_back(
-      Copy{static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes, bytes_read});
+  Copy copy{static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes, bytes_read,
+            copy_at_once()};
+  if (copy.done) copy_bytes(copy.to, copy.from, bytes, bytes_read);
+  block->running->copies.push_back(copy);
 }
 void cp_async_commit() { block->running->groups.push_back(block->running->copies.size()); }
 void cp_async_wait(int newest_left) {
   Fiber& f = *block->running;
   if (static_cast<int>(f.groups.size()) <= newest_left) return;
   const size_t count = f.groups[f.groups.size() - 1 - static_cast<size_t>(newest_left)];
-  for (size_t i = 0; i < count; i++)
-    copy_bytes(f.copies[i].to, f.copies[i].from, f.copies[i].bytes, f.copies[i].bytes_read);
+  for (size_t i = 0; i < count; i++) {
+    const Copy& copy = f.copies[i];
+    if (!copy.done) copy_bytes(copy.to, copy.from, copy.bytes, copy.bytes_read);
+  }
   f.copies.erase(f.copies.begin(), f.copies.begin() + static_cast<long>(count));
   f.groups.erase(f.groups.begin(), f.groups.end() - newest_left);
   for (auto& group : f.groups) group -= count;

@@ -1,4 +1,4 @@
-//! The model on the CUDA backend, its kernels on the CPU: precision, grouping, recorded work.
+//! The model on the CUDA backend: its kernels on the CPU, and by hand (`--ignored card::`, see scripts/gpu-check) on a card.
 
 use super::*;
 
@@ -8,11 +8,51 @@ const SIXTEEN_BITS: [(Precision, f64, f64); 2] = [(Precision::F16, 1e-2, 4e-3), 
 /// Largest move of a score when its neighbours change which kernel or tile it is computed in; measured 0, 5.2e-3, 3.9e-2.
 const REGROUPED: [(Precision, f32); 3] = [(Precision::F32, 2e-6), (Precision::F16, 1e-2), (Precision::Bf16, 1e-1)];
 
+type Choose = fn(Precision) -> Target;
+
+macro_rules! on_the_emulator_and_a_card {
+    ($($test:ident)*) => {
+        #[cfg(feature = "emulator")]
+        mod emulated {
+            $(#[test] fn $test() { super::$test(super::Target::Cuda); })*
+        }
+        #[cfg(feature = "cuda")]
+        mod card {
+            $(#[test] #[ignore = "needs an NVIDIA card"] fn $test() { super::$test(super::Target::Card); })*
+        }
+    };
+}
+
+on_the_emulator_and_a_card! {
+    sixteen_bits_are_near_pytorch
+    batches_equal_their_pairs_alone
+    replayed_work_equals_work_done
+}
+
+/// What the emulator does among the other f32 backends.
+#[cfg(feature = "cuda")]
 #[test]
-fn sixteen_bits_are_near_pytorch() {
+#[ignore = "needs an NVIDIA card"]
+fn card_scores_equal_pytorch() {
+    for oracle in sets() {
+        let got = score(&mut load(&oracle, Target::Card(Precision::F32), &OPTIONS), &oracle, &all_pairs(&oracle));
+        assert_scores(&oracle, &format!("{} on a card", oracle.name), &got);
+    }
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+#[ignore = "needs an NVIDIA card"]
+fn card_batches_scored_ahead_equal_batches_scored_alone() {
+    for precision in [Precision::F32, Precision::F16, Precision::Bf16] {
+        check_scored_ahead(Target::Card(precision));
+    }
+}
+
+fn sixteen_bits_are_near_pytorch(target: Choose) {
     for oracle in sets() {
         for (precision, probability_max, cosine_max) in SIXTEEN_BITS {
-            let got = score(&mut load(&oracle, Target::Cuda(precision), &OPTIONS), &oracle, &all_pairs(&oracle));
+            let got = score(&mut load(&oracle, target(precision), &OPTIONS), &oracle, &all_pairs(&oracle));
             let expected = |name: &str| oracle.expected.floats(name).1;
             let probability = worst(oracle.name, got.iter().map(|s| s.itm), &expected("itm_prob_f64"));
             let cosine = worst(oracle.name, got.iter().map(|s| s.cosine), &expected("cosine_f64"));
@@ -23,15 +63,14 @@ fn sixteen_bits_are_near_pytorch() {
 }
 
 /// The CUDA backend groups work by batch as the CPU does not: its own proof that neighbours do not matter.
-#[test]
-fn cuda_batches_equal_their_pairs_alone() {
+fn batches_equal_their_pairs_alone(target: Choose) {
     let oracle = Oracle::load("wide");
     let pairs = all_pairs(&oracle);
     for (precision, tolerance) in REGROUPED {
-        let mut model = load(&oracle, Target::Cuda(precision), &OPTIONS);
+        let mut model = load(&oracle, target(precision), &OPTIONS);
         let together = score(&mut model, &oracle, &pairs);
         let alone: Vec<_> = pairs.iter().flat_map(|pair| score(&mut model, &oracle, &[*pair])).collect();
-        let mut cut = load(&oracle, Target::Cuda(precision), &Options { tokens_max: 1, ..OPTIONS });
+        let mut cut = load(&oracle, target(precision), &Options { tokens_max: 1, ..OPTIONS });
         let chunks = score(&mut cut, &oracle, &pairs);
         let far = |other: &[PairScore]| {
             let moves = together.iter().zip(other).flat_map(|(a, b)| [a.itm - b.itm, a.cosine - b.cosine]);
@@ -44,12 +83,11 @@ fn cuda_batches_equal_their_pairs_alone() {
 }
 
 /// The first time a number of images comes its work is done, the second time recorded, then replayed.
-#[test]
-fn replayed_work_equals_work_done() {
+fn replayed_work_equals_work_done(target: Choose) {
     let oracle = Oracle::load("tiny");
-    let mut model = load(&oracle, Target::Cuda(Precision::F16), &OPTIONS);
+    let mut model = load(&oracle, target(Precision::F16), &OPTIONS);
     let pairs = [(0, 1), (2, 0)];
-    let done = pairs.map(|pair| score(&mut load(&oracle, Target::Cuda(Precision::F16), &OPTIONS), &oracle, &[pair]));
+    let done = pairs.map(|pair| score(&mut load(&oracle, target(Precision::F16), &OPTIONS), &oracle, &[pair]));
     let mut assert_same = |i: usize, what: &str| {
         assert_eq!(score(&mut model, &oracle, &pairs[i..=i]), done[i], "{what}");
     };

@@ -1,5 +1,6 @@
 //! The checks of `ops`, generic over the backend.
 
+use capsieve_engine::Precision;
 use capsieve_engine::testing::{Backend, Columns, Epilogue, Patches, Span, TextRows};
 
 use super::{
@@ -185,6 +186,32 @@ pub(super) fn attention_survives_huge_scores<B: Backend>(backend: &mut B, on: &O
     }
 }
 
+/// Equal weights over values whose mean is the value itself: exact with f32 sums, a unit off with 16-bit ones.
+pub(super) fn attention_sums_are_f32<B: Backend>(backend: &mut B, on: &On) {
+    let (keys, width) = (640, 64);
+    // Steps of a unit in the last place of 1: 16-bit sums lose them at some of these.
+    let unit = if on.precision == Precision::Bf16 { 128.0 } else { 1024.0 };
+    let row: Vec<f32> = (0..width).map(|c| 1.0 + (c % 16) as f32 / unit).collect();
+    let kv: Vec<f32> = (0..keys).flat_map(|_| row.clone()).collect();
+    let kv = backend.upload(keys, width, &kv).unwrap();
+    for rows in [20, 40] {
+        let q = backend.upload(rows, width, &vec![0.0; rows * width]).unwrap();
+        let mut out = poisoned(backend, rows, width);
+        let parts = [&q, &kv, &kv].map(|buf| Columns { buf, first: 0 });
+        let span = [Span { q: 0, q_len: rows, kv: 0, kv_len: keys }];
+        backend.run(|backend| backend.attention(parts, &span, 1, &mut out));
+        let tolerance = if on.precision == Precision::F32 { 1e-6 } else { 0.0 };
+        for (i, got) in read(backend, &out, rows, width).iter().enumerate() {
+            assert!(
+                (got - row[i % width]).abs() <= tolerance,
+                "{} {rows} rows: {got}, not {}",
+                on.name,
+                row[i % width]
+            );
+        }
+    }
+}
+
 pub(super) fn patchify_takes_patches_row_by_row<B: Backend>(backend: &mut B, on: &On) {
     for (image_size, patch_size, images) in [(8, 4, 1), (9, 4, 2), (48, 16, 3), (5, 5, 1)] {
         let patches = Patches { image_size, patch_size };
@@ -253,4 +280,26 @@ pub(super) fn rows_are_taken_and_copied<B: Backend>(backend: &mut B, on: &On) {
     let mut out = poisoned(backend, 2, 5);
     backend.run(|backend| backend.copy_rows(&input, 2, &mut out));
     assert_eq!(read(backend, &out, 2, 5), x[..10], "{}", on.name);
+}
+
+pub(super) fn reruns_are_identical<B: Backend>(backend: &mut B, on: &On) {
+    let (rows, heads, size) = (145, 3, 64);
+    let width = heads * size;
+    let linear = backend.linear_weights(&on.values(3 * width * width, 17), &on.values(3 * width, 18), width).unwrap();
+    let x = backend.upload(rows, width, &on.values(rows * width, 19)).unwrap();
+    let mut run = || {
+        let (mut qkv, mut out) = (poisoned(backend, rows, 3 * width), poisoned(backend, rows, width));
+        let span = [Span { q: 0, q_len: rows, kv: 0, kv_len: rows }];
+        backend.run(|backend| {
+            backend.linear(&x, rows, &linear, Epilogue::Store, &mut qkv);
+            let parts = [0, width, 2 * width].map(|first| Columns { buf: &qkv, first });
+            backend.attention(parts, &span, heads, &mut out);
+        });
+        read(backend, &out, rows, width)
+    };
+    let first = run();
+    assert!(first.iter().all(|v| v.is_finite()));
+    for _ in 0..3 {
+        assert_eq!(run(), first, "{}", on.name);
+    }
 }

@@ -13,7 +13,7 @@ use std::sync::Mutex;
 use rayon::prelude::*;
 
 use self::attention::Strided;
-pub use self::simd::{Isa, multiply_adds};
+pub use self::simd::Isa;
 use crate::backend::{Backend, Columns, Epilogue, Patches, Span, TextRows};
 use crate::{Error, PixelLut, Precision};
 
@@ -204,4 +204,21 @@ impl Backend for CpuBackend {
 
 fn strided<'a>(columns: Columns<'a, memory::Mat>, rows: usize) -> Strided<'a> {
     Strided { data: columns.buf.head(rows), stride: columns.buf.cols, first: columns.first }
+}
+
+/// FLOP/s of multiply-adds that never leave the registers, on `threads` threads (0: one per core), best of some rounds:
+/// what this machine can reach.
+pub fn ceiling(isa: Isa, threads: usize) -> f64 {
+    const ROUNDS: usize = 5;
+    const CHAINS: usize = 20_000_000;
+    let threads = if threads == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { threads };
+    let round = |_| {
+        let start = std::time::Instant::now();
+        let operations: usize = std::thread::scope(|scope| {
+            let running: Vec<_> = (0..threads).map(|_| scope.spawn(|| simd::multiply_adds(isa, CHAINS))).collect();
+            running.into_iter().map(|thread| thread.join().expect("additions do not panic")).sum()
+        });
+        operations as f64 / start.elapsed().as_secs_f64()
+    };
+    (0..ROUNDS).map(round).fold(0.0, f64::max)
 }

@@ -226,7 +226,7 @@ unsafe fn chains_avx2(rounds: usize) -> usize {
 
 /// Multiply-adds that touch nothing but registers, on this thread: the bound that benchmarks compare with. The
 /// floating-point operations done.
-pub fn multiply_adds(isa: Isa, rounds: usize) -> usize {
+pub(super) fn multiply_adds(isa: Isa, rounds: usize) -> usize {
     match isa.kind() {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the Isa proves the features.

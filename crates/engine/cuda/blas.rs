@@ -91,6 +91,8 @@ pub(super) struct Blas {
     compute: sys::cublasComputeType_t,
     plans: HashMap<Key, Plan>,
     tuned: Tuned,
+    /// Whether products are timed; else cuBLASLt's first proposal is taken.
+    tunes: bool,
 }
 
 impl Blas {
@@ -126,6 +128,7 @@ impl Blas {
             stream,
             compute,
             plans: HashMap::new(),
+            tunes: std::env::var_os("CAPSIEVE_TUNING").is_none_or(|value| value != "off"),
             tuned: Tuned::open(&format!("{card} cublaslt {version} {}", precision.name())),
         })
     }
@@ -195,6 +198,7 @@ impl Blas {
         let none = Error::NoProduct { m: p.m, n: p.n, k: p.k };
         let first = *candidates.first().ok_or(none)?;
         plan.algorithm = match self.tuned.get(&key.name()) {
+            _ if !self.tunes => first,
             Some(data) => sys::cublasLtMatmulAlgo_t { data },
             None if 2 * p.m * p.n * p.k >= TUNED_FLOPS => {
                 let best = self.fastest(&plan, &candidates, p)?;

@@ -7,6 +7,7 @@
 
 #[cfg(feature = "cuda")]
 mod blas;
+mod buffers;
 mod device;
 #[cfg(feature = "cuda")]
 mod driver;
@@ -19,18 +20,18 @@ mod staging;
 #[cfg(feature = "cuda")]
 mod tuned;
 
+use self::buffers::{Buffer, Linear, Norm};
+use self::buffers::{STRIDE, fill, matrix, parameters, vector};
 use self::device::{Address, Device, Element, Product, STAGES};
 #[cfg(feature = "cuda")]
 pub use self::driver::Gpu;
 #[cfg(feature = "emulator")]
 pub use self::emulated::{Emulated, Order};
-use self::kernels::{Attention, Matrix, NormParameters};
+use self::kernels::Attention;
 use self::spans::Spans;
 use crate::backend::{Backend, Columns, Epilogue, Patches, Span, TextRows};
 use crate::{Config, Error, Options, PixelLut, Precision};
 
-/// Values a row's stride is a multiple of: 16 bytes at 16 bits.
-const STRIDE: usize = 8;
 /// Images up to which a batch's work is recorded and replayed: below, launches take longer than what they start.
 const RECORDED_IMAGES_MAX: usize = 8;
 
@@ -66,33 +67,6 @@ pub(crate) fn check_config(ordinal: usize, config: &Config) -> Result<(), Error>
     let (most, head_max) = (kernels::NORM_COLS_MAX, kernels::HEAD_SIZE_MAX);
     let reason = format!("the model is {width} wide with heads of {head}, the kernels take {most} and {head_max}");
     Err(Error::NoCuda { ordinal, reason })
-}
-
-/// A matrix of activations or table rows.
-pub struct Buffer<M> {
-    memory: M,
-    rows: usize,
-    cols: usize,
-    ld: usize,
-    element: Element,
-}
-
-/// A linear layer: weight `[outputs, inputs]` in the precision's element, bias in that and in f32.
-pub struct Linear<M> {
-    weight: M,
-    bias: M,
-    bias_f32: M,
-    inputs: usize,
-    outputs: usize,
-    ld: usize,
-}
-
-/// A layer norm's parameters, in f32.
-pub struct Norm<M> {
-    gain: M,
-    bias: M,
-    cols: usize,
-    eps: f32,
 }
 
 /// The backend on a device.
@@ -185,29 +159,6 @@ impl<D: Device> CudaBackend<D> {
         self.queue(|this| unsafe { this.device.replay(graph) });
     }
 
-    fn buffer(&self, rows: usize, cols: usize, element: Element) -> Result<Buffer<D::Memory>, Error> {
-        let ld = cols.next_multiple_of(STRIDE);
-        let memory = self.device.alloc(rows * ld * element.bytes())?;
-        Ok(Buffer { memory, rows, cols, ld, element })
-    }
-
-    /// `data [rows, cols]` at the start of `to`, rows padded to `ld`.
-    fn fill(&self, to: &D::Memory, data: &[f32], (cols, ld): (usize, usize), element: Element) -> Result<(), Error> {
-        let mut bytes = Vec::with_capacity(data.len() / cols * ld * element.bytes());
-        for row in data.chunks_exact(cols) {
-            element.encode(row, &mut bytes);
-            bytes.resize(bytes.len() + (ld - cols) * element.bytes(), 0);
-        }
-        self.device.upload(&bytes, D::address(to))
-    }
-
-    fn vector(&self, data: &[f32], element: Element) -> Result<D::Memory, Error> {
-        let ld = data.len().next_multiple_of(STRIDE);
-        let memory = self.device.alloc(ld * element.bytes())?;
-        self.fill(&memory, data, (data.len(), ld), element)?;
-        Ok(memory)
-    }
-
     /// Indices as i32 at `to`.
     fn upload_indices(&mut self, indices: impl Iterator<Item = u32>, to: Address) -> Result<(), Error> {
         self.bytes.clear();
@@ -230,17 +181,17 @@ impl<D: Device> Backend for CudaBackend<D> {
     }
 
     fn alloc(&self, rows: usize, cols: usize) -> Result<Self::Buf, Error> {
-        self.buffer(rows, cols, self.element())
+        Buffer::new(&self.device, rows, cols, self.element())
     }
 
     fn alloc_results(&self, rows: usize, cols: usize) -> Result<Self::Buf, Error> {
-        self.buffer(rows, cols, Element::F32)
+        Buffer::new(&self.device, rows, cols, Element::F32)
     }
 
     fn upload(&self, rows: usize, cols: usize, data: &[f32]) -> Result<Self::Buf, Error> {
         assert_eq!(data.len(), rows * cols);
         let buffer = self.alloc(rows, cols)?;
-        self.fill(&buffer.memory, data, (cols, buffer.ld), buffer.element)?;
+        fill(&self.device, &buffer.memory, data, (cols, buffer.ld), buffer.element)?;
         Ok(buffer)
     }
 
@@ -252,13 +203,13 @@ impl<D: Device> Backend for CudaBackend<D> {
             return Err(Error::WeightRange { value: largest });
         }
         let memory = self.device.alloc(outputs * ld * element.bytes())?;
-        self.fill(&memory, weight, (inputs, ld), element)?;
-        let (bias, bias_f32) = (self.vector(bias, element)?, self.vector(bias, Element::F32)?);
+        fill(&self.device, &memory, weight, (inputs, ld), element)?;
+        let (bias, bias_f32) = (vector(&self.device, bias, element)?, vector(&self.device, bias, Element::F32)?);
         Ok(Linear { weight: memory, bias, bias_f32, inputs, outputs, ld })
     }
 
     fn norm_weights(&self, gain: &[f32], bias: &[f32], eps: f32) -> Result<Self::Norm, Error> {
-        let vector = |data| self.vector(data, Element::F32);
+        let vector = |data| vector(&self.device, data, Element::F32);
         Ok(Norm { gain: vector(gain)?, bias: vector(bias)?, cols: gain.len(), eps })
     }
 
@@ -285,7 +236,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         self.stage = (stage + 1) % STAGES;
         self.queue(|this| {
             if this.lut_host.as_deref() != Some(lut) {
-                this.fill(&this.lut, lut.as_flattened(), (256 * 3, 256 * 3), Element::F32)?;
+                fill(&this.device, &this.lut, lut.as_flattened(), (256 * 3, 256 * 3), Element::F32)?;
                 this.lut_host = Some(Box::new(*lut));
             }
             let at = (D::address(&this.pixels[stage]), D::address(&this.lut));
@@ -442,13 +393,4 @@ impl<D: Device> Backend for CudaBackend<D> {
     fn run<R: Send>(&mut self, work: impl FnOnce(&mut Self) -> R + Send) -> R {
         work(self)
     }
-}
-
-fn matrix<D: Device>(buffer: &Buffer<D::Memory>) -> Matrix {
-    let Buffer { memory, rows, cols, ld, element } = buffer;
-    Matrix { at: D::address(memory), rows: *rows, cols: *cols, ld: *ld, element: *element }
-}
-
-fn parameters<D: Device>(norm: &Norm<D::Memory>) -> NormParameters {
-    NormParameters { gain: D::address(&norm.gain), bias: D::address(&norm.bias), cols: norm.cols, eps: norm.eps }
 }

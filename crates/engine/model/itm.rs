@@ -74,6 +74,11 @@ impl<B: Backend> Model<B> {
         Ok(Self { backend, net, info, staged: None })
     }
 
+    /// The backend, between two batches.
+    pub(crate) fn backend_mut(&mut self) -> &mut B {
+        &mut self.backend
+    }
+
     /// [`Scorer::score`] with a look at what happens inside.
     pub fn score_observed(
         &mut self,
