@@ -73,10 +73,11 @@ __device__ __forceinline__ void attention_rows(const AttentionArgs& a) {
   }
 }
 
-#define ROWS_KERNEL(suffix, T)                                                                                         \
-  extern "C" __global__ void __launch_bounds__(128, 4) attention_rows_##suffix(const __grid_constant__ AttentionArgs a) { \
-    attention_rows<T>(a);                                                                                              \
-  }                                                                                                                    \
+#define ROWS_KERNEL(suffix, T)                                           \
+  extern "C" __global__ void __launch_bounds__(128, 4)                   \
+      attention_rows_##suffix(const __grid_constant__ AttentionArgs a) { \
+    attention_rows<T>(a);                                                \
+  }                                                                      \
   EXPORT_KERNEL(attention_rows_##suffix);
 
 FOR_EACH_TYPE(ROWS_KERNEL)

@@ -121,6 +121,7 @@ void cp_async_wait() {
 
 inline void ldmatrix_x4_any(uint32_t (&r)[4], const void* row, bool transposed, const char* kind) {
   if (reinterpret_cast<uintptr_t>(row) & 15) emu::fail("%s: row address is not 16-byte aligned", kind);
+  emu::check_published(row, 16, kind);
   const emu::Slot* rows = emu::warp_gather(~0u, kind, &row, sizeof row, false);
   int lane = emu::lane();
   for (int m = 0; m < 4; m++) {

@@ -90,6 +90,7 @@ struct Fiber {
   const char* waits = nullptr;  // what it waits at
   std::vector<Copy> copies;     // cp.async in flight, and where each committed group ends
   std::vector<size_t> groups;
+  std::vector<Copy> unpublished;  // waited for, but no barrier since: others may not see them yet
   void* stack_pointer = nullptr;
   char* stack = nullptr;
   size_t stack_bytes = STACK_BYTES;
@@ -117,6 +118,7 @@ struct Block {
   Fiber main;
   Fiber* running = nullptr;
   int threads = 0, done = 0;
+  size_t unpublished = 0;  // of all fibers
   unsigned char* smem = nullptr;
   uint64_t random = 1;
 };
@@ -188,6 +190,12 @@ bool copy_at_once() {
   return block->launch->order == REVERSE;
 }
 
+// A barrier lies behind the fiber's copies.
+void publish(Fiber& fiber) {
+  block->unpublished -= fiber.unpublished.size();
+  fiber.unpublished.clear();
+}
+
 // The fiber that runs next, none if all wait.
 Fiber* next() {
   auto& ready = block->ready;
@@ -234,10 +242,11 @@ void block_barrier(const char* where) {
   }
   b.ready.insert(b.ready.end(), b.at_barrier.begin(), b.at_barrier.end());
   b.at_barrier.clear();
+  for (auto& fiber : b.fibers) publish(fiber);
   after_completion();
 }
 
-const Slot* warp_gather(unsigned mask, const char* kind, const void* in, size_t size, bool) {
+const Slot* warp_gather(unsigned mask, const char* kind, const void* in, size_t size, bool orders_memory) {
   Block& b = *block;
   const int id = b.running->id, lane = id % 32;
   if (!(mask >> lane & 1)) fail("%s: lane %d is not in its own mask %08x", kind, lane, mask);
@@ -269,6 +278,9 @@ const Slot* warp_gather(unsigned mask, const char* kind, const void* in, size_t 
   } else {
     mine->open = false;
     mine->unread = mask;
+    const size_t first = static_cast<size_t>(id / 32 * 32);
+    for (size_t l = 0; orders_memory && l < 32 && first + l < b.fibers.size(); l++)
+      if (mask >> l & 1) publish(b.fibers[first + l]);
     b.ready.insert(b.ready.end(), mine->waiting.begin(), mine->waiting.end());
     after_completion();
   }
@@ -294,9 +306,20 @@ void cp_async_wait(int newest_left) {
     const Copy& copy = f.copies[i];
     if (!copy.done) copy_bytes(copy.to, copy.from, copy.bytes, copy.bytes_read);
   }
+  f.unpublished.insert(f.unpublished.end(), f.copies.begin(), f.copies.begin() + static_cast<long>(count));
+  block->unpublished += count;
   f.copies.erase(f.copies.begin(), f.copies.begin() + static_cast<long>(count));
   f.groups.erase(f.groups.begin(), f.groups.end() - newest_left);
   for (auto& group : f.groups) group -= count;
+}
+
+void check_published(const void* p, int bytes, const char* kind) {
+  if (!block->unpublished) return;
+  auto from = static_cast<const unsigned char*>(p);
+  for (auto& fiber : block->fibers)
+    for (auto& copy : fiber.unpublished)
+      if (&fiber != block->running && copy.to < from + bytes && from < copy.to + copy.bytes)
+        fail("%s reads what thread %d brought with cp.async, and no barrier lies between", kind, fiber.id);
 }
 
 namespace {
@@ -309,6 +332,7 @@ void fiber_main() {
     Fiber& me = *block->running;
     if (!me.copies.empty()) fail("returned with cp.async copies that were never waited for");
     me.groups.clear();
+    publish(me);
     me.done = true;
     block->done++;
     if (!block->at_barrier.empty()) fail("returned while others wait at %s", block->barrier);

@@ -53,6 +53,8 @@ const Slot* warp_gather(unsigned mask, const char* kind, const void* in, size_t 
 void cp_async(void* to, const void* from, int bytes, int bytes_read);
 void cp_async_commit();
 void cp_async_wait(int newest_left);
+// Fails where another thread's copy brought these bytes and no barrier has made it visible.
+void check_published(const void* p, int bytes, const char* kind);
 
 template <class T>
 T shuffle(unsigned mask, const char* kind, T v, int from_lane, bool in_range) {
