@@ -399,15 +399,21 @@ void run(const Launch& l) {
   current = nullptr;
 }
 
-std::map<std::string, Thunk>& kernels() {
-  static std::map<std::string, Thunk> table;
+struct Kernel {
+  Thunk thunk;
+  std::vector<size_t> argument_bytes;
+};
+
+std::map<std::string, Kernel>& kernels() {
+  static std::map<std::string, Kernel> table;
   return table;
 }
 
 }  // namespace
 
-Registrar::Registrar(const char* name, Thunk thunk) {
-  if (!kernels().emplace(name, thunk).second) fail("kernel %s is registered twice", name);
+Registrar::Registrar(const char* name, Thunk thunk, std::vector<size_t> argument_bytes) {
+  if (!kernels().emplace(name, Kernel{thunk, std::move(argument_bytes)}).second)
+    fail("kernel %s is registered twice", name);
 }
 
 }  // namespace emu
@@ -419,6 +425,15 @@ extern "C" int emu_launch(const char* name, const unsigned* grid, const unsigned
   auto found = emu::kernels().find(name);
   if (found == emu::kernels().end()) return 1;
   emu::run(emu::Launch{dim3{grid[0], grid[1], grid[2]}, dim3{block[0], block[1], block[2]}, smem,
-                       static_cast<emu::Order>(order), seed, found->second, arguments});
+                       static_cast<emu::Order>(order), seed, found->second.thunk, arguments});
   return 0;
+}
+
+// Bytes of each argument of a kernel, up to `most`; how many there are, or -1: no such kernel.
+extern "C" int emu_argument_bytes(const char* name, size_t* bytes, int most) {
+  auto found = emu::kernels().find(name);
+  if (found == emu::kernels().end()) return -1;
+  const auto& all = found->second.argument_bytes;
+  for (size_t i = 0; i < all.size() && static_cast<int>(i) < most; i++) bytes[i] = all[i];
+  return static_cast<int>(all.size());
 }

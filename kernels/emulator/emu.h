@@ -80,7 +80,7 @@ inline unsigned mask_or_full(unsigned mask = ~0u) { return mask; }
 // Kernels by name, launched with the addresses of their arguments, as cuLaunchKernel does.
 using Thunk = void (*)(void**);
 struct Registrar {
-  Registrar(const char* name, Thunk thunk);
+  Registrar(const char* name, Thunk thunk, std::vector<size_t> argument_bytes);
 };
 template <auto K>
 struct Unpack;
@@ -91,9 +91,10 @@ struct Unpack<K> {
     K(*static_cast<std::remove_cv_t<A>*>(p[I])...);
   }
   static void thunk(void** p) { call(p, std::index_sequence_for<A...>{}); }
+  static std::vector<size_t> argument_bytes() { return {sizeof(A)...}; }
 };
 #define EXPORT_KERNEL(name) \
-  static emu::Registrar emu_registrar_##name { #name, &emu::Unpack<&name>::thunk }
+  static emu::Registrar emu_registrar_##name { #name, &emu::Unpack<&name>::thunk, emu::Unpack<&name>::argument_bytes() }
 
 }  // namespace emu
 
