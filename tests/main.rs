@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests stop at the first surprise and may print")]
 
+#[cfg(all(feature = "cuda", target_os = "linux"))]
+mod card;
 mod checkpoint;
 mod cli;
 mod cli_errors;

@@ -2,9 +2,10 @@
 
 use super::*;
 
-/// ITM probability and cosine against f64 in 16 bits; measured 7.1e-3 and 2.1e-3, 6.3e-2 and 2.1e-2. The sets' weights are
-/// far from tame: a trained model moves less.
-const SIXTEEN_BITS: [(Precision, f64, f64); 2] = [(Precision::F16, 1e-2, 4e-3), (Precision::Bf16, 1e-1, 4e-2)];
+/// Mean and largest error in 16 bits against f64, over PyTorch's own on a CPU in the same type, ITM and cosine; measured
+/// MEASURED. The sets' weights are far from tame: a trained model moves less.
+const OF_PYTORCH_MEAN: f64 = 1.3;
+const OF_PYTORCH_MAX: f64 = 2.0;
 /// Largest move of a score when its neighbours change which kernel or tile it is computed in; measured 0, 5.2e-3, 3.9e-2.
 const REGROUPED: [(Precision, f32); 3] = [(Precision::F32, 2e-6), (Precision::F16, 1e-2), (Precision::Bf16, 1e-1)];
 
@@ -24,7 +25,7 @@ macro_rules! on_the_emulator_and_a_card {
 }
 
 on_the_emulator_and_a_card! {
-    sixteen_bits_are_near_pytorch
+    sixteen_bits_are_as_near_as_pytorch
     batches_equal_their_pairs_alone
     replayed_work_equals_work_done
 }
@@ -49,17 +50,42 @@ fn card_batches_scored_ahead_equal_batches_scored_alone() {
     }
 }
 
-fn sixteen_bits_are_near_pytorch(target: Choose) {
+/// No further from the truth than PyTorch in the same type.
+fn sixteen_bits_are_as_near_as_pytorch(target: Choose) {
     for oracle in sets() {
-        for (precision, probability_max, cosine_max) in SIXTEEN_BITS {
+        for precision in [Precision::F16, Precision::Bf16] {
             let got = score(&mut load(&oracle, target(precision), &OPTIONS), &oracle, &all_pairs(&oracle));
             let expected = |name: &str| oracle.expected.floats(name).1;
-            let probability = worst(oracle.name, got.iter().map(|s| s.itm), &expected("itm_prob_f64"));
-            let cosine = worst(oracle.name, got.iter().map(|s| s.cosine), &expected("cosine_f64"));
-            println!("{} {}: probability {probability:.1e}, cosine {cosine:.1e}", oracle.name, precision.name());
-            assert!(probability <= probability_max && cosine <= cosine_max, "{} {precision:?}", oracle.name);
+            let logits = expected(&format!("itm_logits_cpu_{}", precision.name()));
+            let theirs = logits.as_chunks::<2>().0.iter().map(|[no, yes]| 1.0 / (1.0 + (no - yes).exp()));
+            let ours = got.iter().map(|s| f64::from(s.itm));
+            assert_as_near(&oracle, precision, "itm", ours, theirs, &expected("itm_prob_f64"));
+            let theirs = expected(&format!("cosine_cpu_{}", precision.name()));
+            let ours = got.iter().map(|s| f64::from(s.cosine));
+            assert_as_near(&oracle, precision, "cosine", ours, theirs.into_iter(), &expected("cosine_f64"));
         }
     }
+}
+
+fn assert_as_near(
+    oracle: &Oracle,
+    precision: Precision,
+    head: &str,
+    ours: impl Iterator<Item = f64>,
+    theirs: impl Iterator<Item = f64>,
+    want: &[f64],
+) {
+    let errors = |got: Vec<f64>| {
+        assert_eq!(got.len(), want.len());
+        let errors: Vec<f64> = got.iter().zip(want).map(|(got, want)| (got - want).abs()).collect();
+        assert!(errors.iter().all(|error| error.is_finite()));
+        (errors.iter().sum::<f64>() / errors.len() as f64, errors.iter().copied().fold(0.0, f64::max))
+    };
+    let ((mean, max), (their_mean, their_max)) = (errors(ours.collect()), errors(theirs.collect()));
+    let (name, precision) = (oracle.name, precision.name());
+    println!("{name} {precision} {head}: mean {mean:.1e} ({their_mean:.1e}), max {max:.1e} ({their_max:.1e})");
+    assert!(mean <= OF_PYTORCH_MEAN * their_mean, "{name} {precision} {head}: mean {mean}, PyTorch {their_mean}");
+    assert!(max <= OF_PYTORCH_MAX * their_max, "{name} {precision} {head}: max {max}, PyTorch {their_max}");
 }
 
 /// The CUDA backend groups work by batch as the CPU does not: its own proof that neighbours do not matter.
