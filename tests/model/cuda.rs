@@ -2,9 +2,10 @@
 
 use super::*;
 
-/// Mean and largest error in 16 bits against f64, over PyTorch's own on a CPU in the same type, ITM and cosine; measured
-/// MEASURED. The sets' weights are far from tame: a trained model moves less.
-const OF_PYTORCH_MEAN: f64 = 1.3;
+/// Mean and largest error in 16 bits against f64, over PyTorch's own on a CPU in the same type; measured 0.63 to 1.27 and
+/// 0.72 to 1.27 (the largest: ITM 7.1e-3 in f16, PyTorch 9.4e-3; 6.3e-2 in bf16, PyTorch 5.6e-2). The sets' weights are
+/// far from tame: a trained model moves less.
+const OF_PYTORCH_MEAN: f64 = 1.5;
 const OF_PYTORCH_MAX: f64 = 2.0;
 /// Largest move of a score when its neighbours change which kernel or tile it is computed in; measured 0, 5.2e-3, 3.9e-2.
 const REGROUPED: [(Precision, f32); 3] = [(Precision::F32, 2e-6), (Precision::F16, 1e-2), (Precision::Bf16, 1e-1)];
