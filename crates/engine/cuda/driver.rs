@@ -134,7 +134,7 @@ impl Gpu {
     /// Opens card `ordinal`. Errors: no driver, an old driver, no such card, an old card, no cuBLASLt; never a panic.
     pub fn open(ordinal: usize, precision: Precision) -> Result<Self, Error> {
         let unusable = |reason: String| Error::NoCuda { ordinal, reason };
-        driver_version().map_err(unusable)?;
+        let version = driver_version().map_err(unusable)?;
         let driver = |error: DriverError| unusable(format!("the driver answers {error}"));
         result::init().map_err(|error| match error.0 {
             sys::CUresult::CUDA_ERROR_NO_DEVICE => unusable("the driver sees no card".to_owned()),
@@ -165,13 +165,13 @@ impl Gpu {
         context.enter()?;
         let stream = context.check("make a stream", result::stream::create(result::stream::StreamKind::NonBlocking))?;
         let functions = load_functions(&context, shared_max)?;
-        let blas = Blas::open(&context, stream, &name, precision)?;
+        let blas = Blas::open(&context, stream, &format!("{name} driver {version}"), precision)?;
         Ok(Self { context, stream, functions, blas, staging: None, name })
     }
 }
 
 /// The driver's version, asked through a handle of our own: cudarc panics where the library or a symbol is missing.
-fn driver_version() -> Result<(), String> {
+fn driver_version() -> Result<i32, String> {
     let names = if cfg!(windows) { ["nvcuda.dll", "nvcuda"] } else { ["libcuda.so.1", "libcuda.so"] };
     // SAFETY: the driver's library runs no code of ours when it is loaded.
     let library = names.iter().find_map(|name| unsafe { libloading::Library::new(*name) }.ok());
@@ -191,7 +191,7 @@ fn driver_version() -> Result<(), String> {
             words(VERSION_MIN)
         ));
     }
-    Ok(())
+    Ok(found)
 }
 
 fn load_functions(context: &Context, shared_max: i32) -> Result<HashMap<&'static str, sys::CUfunction>, Error> {
