@@ -88,9 +88,9 @@ impl Folder {
 }
 
 fn assert_near(got: &[f32], want: &[f32], tolerance: f32, what: &str) {
-    let far = got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    println!("{what}: {far:.1e}");
-    assert!(got.len() == want.len() && far <= tolerance, "{what}: {far}");
+    let far: Vec<f32> = got.iter().zip(want).map(|(a, b)| (a - b).abs()).collect();
+    println!("{what}: {:.1e}", far.iter().copied().fold(0.0, f32::max));
+    assert!(got.len() == want.len() && far.iter().all(|far| *far <= tolerance), "{what}: {got:?}, wanted {want:?}");
 }
 
 #[test]
@@ -102,13 +102,26 @@ fn a_card_gives_the_processors_scores() {
         assert_near(&folder.scored("cuda", &[], &more), &cpu, tolerance, precision);
         let two = folder.scored("cuda:0,1", &[("FAKE_CARD_COUNT", "2")], &more);
         assert_near(&two, &cpu, tolerance, "two cards");
-        let unrecorded = folder.scored("cuda", &[("FAKE_CARD_RECORDS", "0")], &more);
-        assert_near(&unrecorded, &cpu, tolerance, "a card that cannot record");
+        for operations in ["0", "20"] {
+            let unrecorded = folder.scored("cuda", &[("FAKE_CARD_RECORDS", operations)], &more);
+            assert_near(&unrecorded, &cpu, tolerance, "a card that cannot record");
+        }
     }
     // Without a word about precision a card computes in 16 bits, and auto finds it.
     assert_near(&folder.scored("auto", &[], &[]), &cpu, F16_TOLERANCE, "auto");
     let metadata = folder.output().schema().metadata().clone();
     assert!(metadata.values().any(|value| value.contains("f16")), "{metadata:?}");
+}
+
+/// What `scripts/gpu-check` runs on a card of single operations, here against the emulated driver.
+#[test]
+fn operations_on_a_card_equal_naive() {
+    for early in ["0", "1"] {
+        let mut tests = Command::new(std::env::current_exe().unwrap());
+        tests.args(["--ignored", "ops::card::"]).env("FAKE_CARD_EARLY", early);
+        let ran = Folder::new().card(&mut tests, &[]);
+        assert!(ran.code == Some(0) && !ran.stdout.contains(" 0 passed"), "{}", ran.stdout);
+    }
 }
 
 #[test]
@@ -151,12 +164,26 @@ fn a_card_without_memory_takes_smaller_batches_or_says_what_is_needed() {
 #[test]
 fn a_card_that_is_lost_ends_the_job_and_leaves_nothing() {
     let folder = Folder::new();
-    for launches in ["0", "30", "100"] {
-        let ran = folder.score("cuda", &[("FAKE_CARD_LOST_AFTER", launches)], &[]);
+    let cpu = folder.scored("cpu", &[], &[]);
+    // After so many launches the job is lost, after so many it is done: by halves to the very last one.
+    let (mut lost, mut done) = (0_u32, 4096);
+    while done - lost > 1 {
+        let launches = if lost == 0 { 30 } else { lost.midpoint(done) };
+        for output in names(folder.0.path()).iter().filter(|name| name.contains("out")) {
+            std::fs::remove_file(folder.0.path().join(output)).unwrap();
+        }
+        let ran = folder.score("cuda", &[("FAKE_CARD_LOST_AFTER", &launches.to_string())], &["--precision", "f32"]);
+        if ran.code == Some(0) {
+            assert_near(&folder.scores(), &cpu, F32_TOLERANCE, "a card lost afterwards");
+            done = launches;
+            continue;
+        }
         assert_eq!(ran.code, Some(1), "after {launches}: {ran:?}");
         assert!(ran.stderr.contains("the emulated card was lost") && !ran.stderr.contains("panicked"), "{ran:?}");
         assert_eq!(names(folder.0.path()).iter().filter(|name| name.contains("out")).count(), 0, "after {launches}");
+        lost = launches;
     }
+    assert!((31..4096).contains(&done), "{done} launches");
 }
 
 /// The residual stream of a damaged or wild model leaves f16: those rows say so, and other precisions score them.

@@ -132,6 +132,7 @@ on_every_backend! {
     attention_survives_huge_scores
     attention_sums_are_f32
     patchify_takes_patches_row_by_row
+    images_that_follow_leave_those_before_alone
     image_tokens_prepend_the_class_row
     embed_adds_and_norms
     rows_are_taken_and_copied

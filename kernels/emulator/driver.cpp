@@ -4,8 +4,9 @@
 //
 // Streams are lazy: a copy, a kernel or an event happens when somebody waits for it, so a wait that is missing shows as
 // stale data. Copies from pageable memory take their bytes at once, those from pinned memory when they happen, as the
-// real ones may. Faults, by environment: FAKE_CARD_VERSION, _COUNT, _COMPUTE (75: 7.5), _BYTES (memory), _LOST_AFTER
-// (launches), _RECORDS (0: it cannot).
+// real ones may. Otherwise, by environment: FAKE_CARD_EARLY (1: copies from pinned memory do not wait to be asked for).
+// Faults: FAKE_CARD_VERSION, _COUNT, _COMPUTE (75: 7.5), _BYTES (memory), _LOST_AFTER (launches), _RECORDS
+// (operations at most; 0: it cannot).
 #include "driver.h"
 
 #include <cstdlib>
@@ -68,6 +69,7 @@ int queue(void* handle, Work work) {
   if (stuck) return stuck;
   auto stream = static_cast<Stream*>(handle);
   if (stream->record) {
+    if (int64_t(stream->record->size()) >= setting("FAKE_CARD_RECORDS", 1 << 30)) return UNSUPPORTED;
     stream->record->push_back(std::move(work));
     return OK;
   }
@@ -172,8 +174,11 @@ API cuMemFreeHost(void* at) {
 API cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stream) {
   GUARD;
   if (!is_ours(to, bytes)) return INVALID;
-  if (is_pinned(from, bytes))
-    return queue(stream, [=] { return memcpy(reinterpret_cast<void*>(to), from, bytes), OK; });
+  if (is_pinned(from, bytes)) {
+    const int queued = queue(stream, [=] { return memcpy(reinterpret_cast<void*>(to), from, bytes), OK; });
+    auto at_once = static_cast<Stream*>(stream);
+    return queued || !setting("FAKE_CARD_EARLY", 0) ? queued : advance(at_once, at_once->queued);
+  }
   if (static_cast<Stream*>(stream)->record) return UNSUPPORTED;
   auto source = static_cast<const char*>(from);
   std::vector<char> taken(source, source + bytes);

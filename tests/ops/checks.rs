@@ -234,6 +234,22 @@ pub(super) fn patchify_takes_patches_row_by_row<B: Backend>(backend: &mut B, on:
     }
 }
 
+/// Images that go to the card beside its work must not reach it before that work is done with their place.
+pub(super) fn images_that_follow_leave_those_before_alone<B: Backend>(backend: &mut B, on: &On) {
+    let patches = Patches { image_size: 4, patch_size: 4 };
+    let lut: [[f32; 256]; 3] = std::array::from_fn(|_| std::array::from_fn(|v| v as f32));
+    let batches: Vec<Vec<u8>> = (1..=5_u8).map(|batch| vec![batch; 4 * 4 * 3]).collect();
+    let mut outs: Vec<_> = batches.iter().map(|_| poisoned(backend, 1, patches.values())).collect();
+    for (i, out) in outs.iter_mut().enumerate() {
+        backend.patchify(&batches[i], patches, &lut, out);
+        backend.stage(batches.get(i + 1).map(Vec::as_slice));
+    }
+    for (i, out) in outs.iter().enumerate() {
+        let got = read(backend, out, 1, patches.values());
+        assert_eq!(got, vec![f32::from(batches[i][0]); patches.values()], "{} batch {i}", on.name);
+    }
+}
+
 pub(super) fn image_tokens_prepend_the_class_row<B: Backend>(backend: &mut B, on: &On) {
     let (images, tokens, cols) = (3, 5, 19);
     let (patches, positions) = (on.values(images * (tokens - 1) * cols, 10), on.values(tokens * cols, 11));
