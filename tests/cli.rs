@@ -362,7 +362,7 @@ fn bench_measures() {
 fn help_names_every_command() {
     let ran = capsieve(&["--help"]);
     assert_eq!(ran.code, Some(0));
-    for command in ["demo", "score", "inspect", "synth", "bench"] {
+    for command in ["demo", "score", "serve", "submit", "inspect", "synth", "bench"] {
         assert!(ran.stdout.contains(&format!("\n  {command}")), "{}", ran.stdout);
         let help = capsieve(&[command, "--help"]);
         assert_eq!(help.code, Some(0));

@@ -13,6 +13,7 @@ mod ops;
 mod oracle;
 mod pipeline;
 mod prep;
+mod rpc;
 mod store;
 mod support;
 mod tidy;

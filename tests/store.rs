@@ -74,7 +74,7 @@ fn scored(itm: f32, cosine: f32) -> RowScore {
 }
 
 fn scored_list(scores: &[(f32, f32)]) -> RowScore {
-    let score = |(itm, cosine): &(f32, f32)| CaptionScore { itm: Some(*itm), cosine: Some(*cosine) };
+    let score = |(itm, cosine): &(f32, f32)| CaptionScore { itm: Some(*itm), cosine: Some(*cosine), fault: None };
     RowScore { status: "ok", error: None, scores: scores.iter().map(score).collect() }
 }
 

@@ -1,10 +1,14 @@
 //! The options of every command. Each also reads the environment variable `CAPSIEVE_<OPTION>`.
 
+mod worker;
+
 use std::path::PathBuf;
 
 use capsieve_worker::{DeviceChoice, EngineChoice, Heads, ItmToken, Precision, SynthSize};
 use clap::builder::FalseyValueParser;
 use clap::{ArgAction, Args as Group, Parser, Subcommand, ValueEnum};
+
+pub(crate) use worker::{ServeArgs, SubmitArgs};
 
 /// Scores image-caption pairs with BLIP's image-text matching model, so that noisy captions can be thrown out.
 #[derive(Debug, Parser)]
@@ -40,6 +44,10 @@ pub(crate) enum Command {
     Demo(DemoArgs),
     /// Scores a Parquet shard: the same rows with their scores come out
     Score(Box<ScoreArgs>),
+    /// Serves scores over gRPC until it is told to end
+    Serve(Box<ServeArgs>),
+    /// Has a running worker score shards, shows its progress, and goes on where a cut call stopped
+    Submit(Box<SubmitArgs>),
     /// Shows what a checkpoint or a shard is, and what of it would be scored
     Inspect(InspectArgs),
     /// Writes a seeded random checkpoint in Hugging Face's layout, for benchmarks

@@ -2,24 +2,28 @@
 
 use std::io::{IsTerminal, Write};
 
-use tracing_subscriber::EnvFilter;
+use capsieve_rpc::Traces;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
 
 use crate::args::{LogArgs, LogFormat};
 
-/// Begins logging: our information and everyone's warnings, more with -v, or what RUST_LOG says.
-pub(crate) fn init(args: &LogArgs) {
+/// Begins logging: our information and everyone's warnings, more with -v, or what RUST_LOG says. Spans go to the traces.
+pub(crate) fn init(args: &LogArgs, traces: Option<&Traces>) {
     let default = match args.verbose {
-        0 => "warn,capsieve=info,capsieve_worker=info",
-        1 => "info,capsieve=debug,capsieve_worker=debug,capsieve_store=debug,capsieve_engine=debug",
-        _ => "debug,capsieve=trace,capsieve_worker=trace,capsieve_store=trace,capsieve_engine=trace",
+        0 => "warn,capsieve=info",
+        1 => "info,capsieve=debug",
+        _ => "debug,capsieve=trace",
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let lines = lines.with_ansi(std::io::stderr().is_terminal());
-    match args.log_format {
-        LogFormat::Text => lines.with_target(args.verbose > 0).init(),
-        LogFormat::Json => lines.json().init(),
-    }
+    let lines = match args.log_format {
+        LogFormat::Text => lines.with_target(args.verbose > 0).boxed(),
+        LogFormat::Json => lines.json().boxed(),
+    };
+    tracing_subscriber::registry().with(traces.map(Traces::layer)).with(lines.with_filter(filter)).init();
 }
 
 /// An error with its causes, in one line.

@@ -16,8 +16,7 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let args = args::Args::parse();
-    log::init(&args.log);
-    match commands::run(args.command) {
+    match commands::run(args.command, &args.log) {
         Ok(code) => code,
         Err(error) => {
             log::error(&error, args.log.log_format);

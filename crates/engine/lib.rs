@@ -14,6 +14,7 @@
 //! (patches + 1), V image width, F image mlp width, R packed text rows, T text width, G text mlp width, C captions,
 //! P shared projection width.
 
+mod allocator;
 mod backend;
 mod batch;
 mod checkpoint;
@@ -24,6 +25,7 @@ mod error;
 mod model;
 mod profile;
 
+pub use allocator::give_large_buffers_back;
 pub use batch::Batch;
 pub use checkpoint::{Checkpoint, Config, SyntheticSize, TensorInfo, TextConfig, VisionConfig};
 pub use error::Error;

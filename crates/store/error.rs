@@ -109,6 +109,32 @@ pub enum Error {
         uri: String,
     },
 
+    /// The reader or writer is confined, see [`crate::Access`].
+    #[error("{uri} is not within what this worker may read and write (--allow-uri)")]
+    NotAllowed {
+        /// As it was given.
+        uri: String,
+    },
+    /// A prefix of `--allow-uri` that is no folder.
+    #[error("--allow-uri {prefix}: expected a folder that exists, as a path or file:// URI")]
+    AllowedPrefix {
+        /// As it was given.
+        prefix: String,
+    },
+    /// A prefix without a shard.
+    #[error("{uri} holds no *.parquet, check the spelling")]
+    NoShards {
+        /// The prefix.
+        uri: String,
+    },
+    /// More shards than one job takes.
+    #[error("{uri} holds more than {limit} shards: name a deeper prefix")]
+    TooManyShards {
+        /// The prefix.
+        uri: String,
+        /// The most that are listed.
+        limit: usize,
+    },
     /// The bytes are something else.
     #[error("{uri} is not a Parquet file")]
     NotParquet {

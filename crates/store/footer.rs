@@ -7,7 +7,7 @@ use arrow_schema::SchemaRef;
 use parquet::DecodeResult;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use parquet::errors::ParquetError;
-use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataPushDecoder};
+use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataPushDecoder, RowGroupMetaData};
 
 use crate::output::SCORE_ERROR;
 use crate::{Error, Location, ObjectInfo, Result};
@@ -67,6 +67,29 @@ impl Footer {
     /// Row groups.
     pub fn row_groups(&self) -> usize {
         self.metadata.metadata().num_row_groups()
+    }
+
+    /// The row groups from the one that holds row `first` on, and the rows of it before that row.
+    pub(crate) fn row_groups_from(&self, first: u64) -> (Vec<usize>, usize) {
+        let groups = self.metadata.metadata().row_groups();
+        let (mut group, mut before) = (0, first);
+        while let Some(rows) = groups.get(group).and_then(|group| u64::try_from(group.num_rows()).ok())
+            && before >= rows
+        {
+            (group, before) = (group + 1, before - rows);
+        }
+        ((group..groups.len()).collect(), usize::try_from(before).unwrap_or(usize::MAX))
+    }
+
+    /// Bytes that reading takes: the largest row group as it is stored, and `batch_rows` rows of it as they are read.
+    pub(crate) fn reading_bytes(&self, batch_rows: usize) -> u64 {
+        let bytes = |group: &RowGroupMetaData| {
+            let count = |number: i64| u64::try_from(number).unwrap_or_default();
+            let (rows, whole) = (count(group.num_rows()).max(1), count(group.total_byte_size()));
+            let batch = u128::from(whole) * u128::from(rows.min(batch_rows as u64)) / u128::from(rows);
+            count(group.compressed_size()).saturating_add(u64::try_from(batch).unwrap_or(u64::MAX))
+        };
+        self.metadata.metadata().row_groups().iter().map(bytes).max().unwrap_or_default()
     }
 
     /// Size, entity tag and time of the object.

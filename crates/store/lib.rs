@@ -13,6 +13,7 @@
 //! order of the input; an output is visible whole or not at all.
 #![forbid(unsafe_code)]
 
+mod access;
 mod columns;
 mod error;
 mod features;
@@ -27,6 +28,7 @@ mod stats;
 mod upload;
 mod writer;
 
+pub use access::Access;
 pub use columns::{CaptionKind, ColumnOptions, Columns, ImageKind};
 pub use error::{Error, Result};
 pub use footer::Footer;
@@ -34,6 +36,6 @@ pub use hub::{FileProgress, HubConfig, fetch_model, fetch_model_with};
 pub use location::{Location, ObjectInfo};
 pub use output::{CaptionScore, OutputHeads, OutputOptions, RowScore};
 pub use reader::{Batches, ShardReader};
-pub use rows::{CaptionCell, ImageCell, InputRow, rows};
+pub use rows::{CaptionCell, ImageCell, InputRow, key_texts, rows};
 pub use stats::{stats_location, write_stats};
 pub use writer::{ShardWriter, Written};

@@ -92,6 +92,26 @@ impl Location {
         }
     }
 
+    /// The same object by the file it really is; it still displays as the user gave it. None where that has no name.
+    pub(crate) fn at_file(&self, file: &FsPath) -> Option<Self> {
+        Self::local(&self.uri, file)
+    }
+
+    /// Every Parquet file below this one's folder, sorted, hidden ones left out: at most `limit` are looked for. Folders behind
+    /// links are not entered, so there are no loops.
+    pub(crate) async fn siblings(&self, limit: usize) -> Result<Vec<Self>> {
+        let prefix = self.uri.strip_suffix(self.file_name()).unwrap_or_default().to_owned();
+        let Some(folder) = self.file.as_deref().and_then(FsPath::parent).map(FsPath::to_owned) else {
+            return Ok(Vec::new());
+        };
+        let (listed, mut found) = (prefix.clone(), Vec::new());
+        let walking = tokio::task::spawn_blocking(move || walk(&folder, &prefix, limit, &mut found).map(|()| found));
+        let found = walking.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+        found.map_err(|source| {
+            Error::store(&listed, object_store::Error::Generic { store: "local files", source: Box::new(source) })
+        })
+    }
+
     /// What a cell of this shard names: an absolute URI, or a path relative to the shard.
     ///
     /// # Errors
@@ -242,6 +262,23 @@ fn scheme(uri: &str) -> Option<&str> {
 
 fn file_path(uri: &str) -> Option<PathBuf> {
     url::Url::parse(uri).ok()?.to_file_path().ok()
+}
+
+fn walk(folder: &FsPath, prefix: &str, limit: usize, found: &mut Vec<Location>) -> std::io::Result<()> {
+    let mut entries = std::fs::read_dir(folder)?.collect::<Result<Vec<_>, _>>()?;
+    entries.sort_by_key(std::fs::DirEntry::file_name);
+    for entry in entries {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with(['.', '_']) || found.len() >= limit {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            walk(&entry.path(), &format!("{prefix}{name}/"), limit, found)?;
+        } else if FsPath::new(&name).extension().is_some_and(|extension| extension == "parquet") {
+            found.extend(Location::local(&format!("{prefix}{name}"), &entry.path()));
+        }
+    }
+    Ok(())
 }
 
 /// An absolute path whose folder is spelt in one way only. A missing folder keeps its spelling: reading from it fails

@@ -67,6 +67,8 @@ pub struct CaptionScore {
     pub itm: Option<f32>,
     /// The cosine of the two feature vectors.
     pub cosine: Option<f32>,
+    /// Why neither is there, where another caption of the row has its scores: a status as a row's.
+    pub fault: Option<&'static str>,
 }
 
 /// What became of one row.

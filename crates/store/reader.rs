@@ -71,16 +71,27 @@ impl ShardReader {
     /// All rows in order, in batches of at most `batch_rows` rows, fewer where rows are large. Holds the compressed
     /// pages of one row group at a time, and reads the next one only when the caller asks. Ends after the first error.
     pub fn into_stream(self, batch_rows: usize) -> impl Stream<Item = Result<RecordBatch>> + Send {
-        futures::stream::try_unfold(self.into_batches(batch_rows), |mut batches| async move {
+        self.into_stream_from(0, batch_rows)
+    }
+
+    /// The same from row `first` on; row groups before it are not read.
+    pub fn into_stream_from(self, first: u64, batch_rows: usize) -> impl Stream<Item = Result<RecordBatch>> + Send {
+        let batches = Batches { rows: first.min(self.rows()), ..self.into_batches(batch_rows) };
+        futures::stream::try_unfold(batches, |mut batches| async move {
             let batch = batches.next().await?;
             Ok(batch.map(|batch| (batch, batches)))
         })
     }
 
-    /// The same without the vocabulary of streams.
+    /// All rows without the vocabulary of streams.
     pub fn into_batches(self, batch_rows: usize) -> Batches {
         let batch_rows = self.footer.batch_rows(batch_rows, BATCH_BYTES_MAX);
         Batches { footer: self.footer, batch_rows, state: State::New, rows: 0 }
+    }
+
+    /// Bytes that reading it in batches of `batch_rows` rows takes at a time: a row group as it is stored, and a batch of it.
+    pub fn reading_bytes(&self, batch_rows: usize) -> u64 {
+        self.footer.reading_bytes(self.footer.batch_rows(batch_rows, BATCH_BYTES_MAX))
     }
 }
 
@@ -89,7 +100,7 @@ pub struct Batches {
     footer: Footer,
     batch_rows: usize,
     state: State,
-    /// Rows given out.
+    /// Rows given out or skipped.
     rows: u64,
 }
 
@@ -108,7 +119,7 @@ impl Batches {
     pub async fn next(&mut self) -> Result<Option<RecordBatch>> {
         loop {
             let (mut decoder, ranges, data) = match std::mem::replace(&mut self.state, State::Done) {
-                State::New => (build(&self.footer, self.batch_rows).await?, Vec::new(), Vec::new()),
+                State::New => (build(&self.footer, self.rows, self.batch_rows).await?, Vec::new(), Vec::new()),
                 State::Ready(decoder, ranges, data) => (decoder, ranges, data),
                 State::Done => return Ok(None),
             };
@@ -136,10 +147,12 @@ impl Batches {
     }
 }
 
-async fn build(footer: &Footer, batch_rows: usize) -> Result<Box<ParquetPushDecoder>> {
+async fn build(footer: &Footer, first: u64, batch_rows: usize) -> Result<Box<ParquetPushDecoder>> {
     let metadata = footer.metadata.clone();
+    let (groups, skipped) = footer.row_groups_from(first);
     let build = move || {
-        ParquetPushDecoderBuilder::new_with_metadata(metadata).with_batch_size(batch_rows).build().map(Box::new)
+        let builder = ParquetPushDecoderBuilder::new_with_metadata(metadata).with_batch_size(batch_rows);
+        builder.with_row_groups(groups).with_offset(skipped).build().map(Box::new)
     };
     contained(&footer.location, build).await
 }

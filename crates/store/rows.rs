@@ -8,6 +8,7 @@ use arrow_array::{
     Array, ArrayRef, BinaryArray, BinaryViewArray, LargeBinaryArray, LargeStringArray, RecordBatch, StringArray,
     StringViewArray, StructArray,
 };
+use arrow_cast::display::{ArrayFormatter, FormatOptions};
 use arrow_schema::DataType;
 
 use crate::{CaptionKind, Columns, ImageKind, Result};
@@ -53,6 +54,22 @@ pub fn rows<'a>(batch: &'a RecordBatch, columns: &Columns) -> Result<Vec<InputRo
     let captions = Captions::new(batch.column(columns.caption), columns.caption_kind);
     let row = |index| InputRow { image: images.get(index), captions: captions.get(index) };
     Ok((0..batch.num_rows()).map(row).collect())
+}
+
+/// Bytes of a key at most; what is longer is cut.
+const KEY_BYTES_MAX: usize = 4096;
+
+/// The keys of a key column as text; empty where there is none.
+pub fn key_texts(keys: &ArrayRef) -> Vec<String> {
+    let options = FormatOptions::new();
+    let Ok(formatter) = ArrayFormatter::try_new(keys, &options) else { return vec![String::new(); keys.len()] };
+    let text = |row| {
+        let mut text = if keys.is_null(row) { String::new() } else { formatter.value(row).to_string() };
+        let end = (0..=KEY_BYTES_MAX.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
+        text.truncate(end.unwrap_or_default());
+        text
+    };
+    (0..keys.len()).map(text).collect()
 }
 
 enum Images<'a> {

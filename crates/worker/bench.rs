@@ -7,13 +7,15 @@ use arrow_array::builder::{ListBuilder, StringBuilder};
 use arrow_array::cast::AsArray;
 use arrow_array::{Array, ArrayRef, BinaryArray, RecordBatch, StringArray};
 use capsieve_engine::{Batch, Config, Heads, ItmToken, Options, Scorer, Stage};
-use capsieve_store::{ColumnOptions, Columns, Location, OutputHeads, OutputOptions, ShardReader, ShardWriter};
+use capsieve_store::{Access, ColumnOptions, Columns, Location, OutputHeads, OutputOptions, ShardReader, ShardWriter};
 use futures::{StreamExt, pin_mut, stream};
 use serde::Serialize;
 
+use crate::budget::Budget;
 use crate::demo::SHARD;
+use crate::engine::Pool;
 use crate::limits::CHUNK_ROWS;
-use crate::pipeline::{self, Stages};
+use crate::pipeline::{self, Images, Output, Stages};
 use crate::prepare::Preparer;
 use crate::{CaptionPolicy, EngineChoice, Error, LoadedModel, Progress, Result, engine_options};
 
@@ -115,7 +117,7 @@ pub async fn bench(model: &LoadedModel, bench: &BenchOptions) -> Result<BenchRep
     let tokens = batch.tokens() as f64 / batch.captions() as f64;
     let (device, precision) = (scorer.info().device.clone(), scorer.info().precision.name());
     let count = ((bench.seconds * engine / bench.captions as f64).ceil() as usize).next_multiple_of(options.images_max);
-    let (pipeline, prepare) = pipeline(model, bench, &rows, scorer, count).await?;
+    let (pipeline, prepare) = pipeline(model, bench, &rows, (scorer, engines.ahead()), count).await?;
     let peak_memory_bytes = peak_memory();
     // A second model: the first one is gone by now.
     let stages =
@@ -222,7 +224,7 @@ async fn pipeline(
     model: &LoadedModel,
     bench: &BenchOptions,
     rows: &Rows,
-    scorer: Box<dyn Scorer>,
+    (scorer, ahead): (Box<dyn Scorer>, bool),
     count: usize,
 ) -> Result<(f64, f64)> {
     let folder = tempfile::tempdir().map_err(temporary)?;
@@ -240,23 +242,24 @@ async fn pipeline(
     };
     let chunks: Vec<_> = (0..count).step_by(CHUNK_ROWS).map(|first| (first, CHUNK_ROWS.min(count - first))).collect();
     let parts = (model.image.clone(), model.tokenizer.clone());
+    let pool = Pool::start(vec![scorer], None, ahead);
     let stages = Stages {
         batches: stream::iter(
             chunks.into_iter().map(|(first, rows_of)| Ok(rows.batch(first, rows_of, bench.captions))),
         ),
-        input: output.clone(),
-        preparer: Preparer::new(
+        images: Images { beside: None, access: Access::everything() },
+        preparer: Arc::new(Preparer::new(
             bench.engine.threads,
             parts,
             model.checkpoint.config().text.positions,
             CaptionPolicy::default(),
-        )?,
-        scorers: vec![scorer],
-        heads: bench.heads,
-        writer: ShardWriter::create(&output, &schema, &columns, &options).await?,
+        )?),
+        share: pool.queue().join(bench.heads, Progress::default()),
+        budget: Budget::default(),
+        output: Output::Shard(Box::new(ShardWriter::create(&output, &schema, &columns, &options).await?)),
         columns,
+        first_row: 0,
         fail_on_row: true,
-        progress: Progress::default(),
     };
     let start = Instant::now();
     let totals = pipeline::run(stages).await?;

@@ -1,14 +1,29 @@
 //! Which devices compute, and batches to them: one scorer and one thread a device, one queue for all.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use capsieve_engine::{Batch, Device, Info, PairScore, Precision, Scorer};
-use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use capsieve_engine::{Batch, Config, Device, Heads, ItmToken, Options, Precision, Scorer};
+use crossbeam_channel::{Receiver, Sender, unbounded};
 
-use crate::limits::BATCHES_WAITING;
+use crate::limits::BATCH_TOKENS;
+use crate::pipeline::stage;
+use crate::queue::{Job, Queue};
 use crate::{Error, Result};
+
+/// Images of a batch where the user does not say: enough rows that every product runs at full speed and the weights are
+/// read once for several images; more only takes memory (0.25 MB a token row of the large model).
+const IMAGES_LARGE: usize = 8;
+const IMAGES_SMALL: usize = 32;
+/// Images of a batch on a card: 58 images of 577 tokens fill the 132 multiprocessors of an H100 to 99 % with tiles of
+/// 128 x 256; 64 would leave a last wave nearly empty.
+const IMAGES_CARD: usize = 58;
+/// Caption tokens of a text pass on a card: all captions of a batch in one.
+const TOKENS_CARD: usize = BATCH_TOKENS;
+/// Width from which a model counts as large.
+const LARGE_FROM: usize = 512;
 
 /// What the user asks to compute with.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -44,6 +59,13 @@ pub struct Engines {
     pub precision: Precision,
 }
 
+impl Engines {
+    /// Whether batches are brought to the device while another one is computed.
+    pub(crate) fn ahead(&self) -> bool {
+        self.devices != [Device::Cpu]
+    }
+}
+
 impl EngineChoice {
     /// Looks what is there.
     ///
@@ -76,108 +98,118 @@ impl EngineChoice {
     }
 }
 
-/// Where a batch's images came from: chunk, row, and which of the row's captions are in the batch.
-pub(crate) type Places = Vec<(u64, usize, Vec<bool>)>;
-
-struct Job {
-    batch: Batch,
-    places: Places,
+/// The engine's options for a model of this shape on the first of these devices.
+pub fn engine_options(
+    config: &Config,
+    choice: &EngineChoice,
+    engines: &Engines,
+    heads: Heads,
+    itm_token: ItmToken,
+) -> Options {
+    let EngineChoice { batch_size, threads, .. } = *choice;
+    let (device, precision) = (engines.devices[0], engines.precision);
+    let (images, tokens_max) = match device {
+        Device::Cuda(_) => (IMAGES_CARD, TOKENS_CARD),
+        Device::Cpu if config.vision.hidden >= LARGE_FROM => (IMAGES_LARGE, config.text.positions),
+        Device::Cpu => (IMAGES_SMALL, config.text.positions),
+    };
+    let images_max = if batch_size == 0 { images } else { batch_size };
+    Options { device, precision, threads, images_max, tokens_max, heads, itm_token }
 }
 
-/// A batch that was scored.
-pub(crate) struct Finished {
-    pub(crate) batch: Batch,
-    pub(crate) places: Places,
-    pub(crate) scores: Result<Vec<PairScore>, capsieve_engine::Error>,
-    pub(crate) seconds: f64,
-}
-
-/// What a scorer's thread gives back: a batch, or the panic that ended it.
-type Ended = std::thread::Result<Finished>;
-
-/// Scorers at work, each on a thread of its own.
+/// Engines at work behind a [`Queue`], each on a thread of its own, and one thread that fills their batches.
 pub(crate) struct Pool {
-    info: Info,
-    jobs: Option<Sender<Job>>,
-    finished: Receiver<Ended>,
+    queue: Arc<Queue>,
+    /// The largest batch is as large as the smallest engine takes.
     threads: Vec<JoinHandle<()>>,
-    /// Batches given and not yet taken back.
-    pub(crate) under_way: usize,
 }
 
 impl Pool {
-    /// Starts a thread for each scorer. The batch is as large as the smallest takes.
-    pub(crate) fn new(scorers: Vec<Box<dyn Scorer>>) -> Self {
+    /// Starts the threads. `latency` is how long a row waits for others to share its batch with; none: until the batch is full
+    /// or its call is in a hurry. `ahead`: the engines bring the next batch to their device while they compute one.
+    pub(crate) fn start(scorers: Vec<Box<dyn Scorer>>, latency: Option<Duration>, ahead: bool) -> Self {
         let smallest = scorers.iter().min_by_key(|scorer| scorer.info().images_max).expect("at least one scorer");
-        let info = smallest.info().clone();
-        let (jobs, queue) = bounded(BATCHES_WAITING);
-        // Bounded by the jobs: each gives one.
-        let (done, finished) = unbounded();
-        let start = |(i, scorer)| {
-            let (queue, done) = (Receiver::clone(&queue), Sender::clone(&done));
-            let thread = std::thread::Builder::new().name(format!("scorer-{i}"));
-            thread.spawn(move || work(scorer, &queue, &done)).expect("a thread for each device")
-        };
-        let threads = scorers.into_iter().enumerate().map(start).collect();
-        Self { info, jobs: Some(jobs), finished, threads, under_way: 0 }
+        let queue = Arc::new(Queue::new(smallest.info().clone(), latency));
+        // Both bounded by what engines want: a batch or two for each.
+        let ((to_engines, jobs), (give_back, spare)) = (unbounded(), unbounded());
+        let mut threads: Vec<_> = scorers
+            .into_iter()
+            .enumerate()
+            .map(|(i, scorer)| {
+                let (queue, jobs, give_back) = (Arc::clone(&queue), Receiver::clone(&jobs), Sender::clone(&give_back));
+                spawn(format!("engine-{i}"), move || work(scorer, &queue, &jobs, &give_back, ahead))
+            })
+            .collect();
+        let of_batches = Arc::clone(&queue);
+        threads.push(spawn("batches".to_owned(), move || fill(&of_batches, &to_engines, &spare)));
+        Self { queue, threads }
     }
 
-    pub(crate) fn info(&self) -> &Info {
-        &self.info
-    }
-
-    /// Whether another batch would have to wait.
-    pub(crate) fn full(&self) -> bool {
-        self.under_way >= self.threads.len() + BATCHES_WAITING
-    }
-
-    /// Gives a batch to whichever scorer is free first; there is room unless the pool is full.
-    pub(crate) fn submit(&mut self, batch: Batch, places: Places) {
-        self.under_way += 1;
-        let jobs = self.jobs.as_ref().expect("the pool is open until it is dropped");
-        // Without a thread that listens there is a panic to take.
-        let _ = jobs.send(Job { batch, places });
-    }
-
-    /// The next batch that is done, in any order. A scorer's panic is a bug and goes on as one.
-    pub(crate) fn take(&mut self) -> Finished {
-        let ended = self.finished.recv().expect("a thread gives back a batch or its panic");
-        self.under_way -= 1;
-        ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    pub(crate) fn queue(&self) -> &Arc<Queue> {
+        &self.queue
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.jobs = None;
-        // What was queued for a job that failed is not scored any more.
-        while self.finished.try_recv().is_ok() {}
+        self.queue.close(false);
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
     }
 }
 
-/// Scores batches until there are none; brings the next one to the device while one is computed.
-fn work(mut scorer: Box<dyn Scorer>, queue: &Receiver<Job>, done: &Sender<Ended>) {
-    let mut waiting: Option<Job> = None;
-    while let Some(job) = waiting.take().or_else(|| queue.recv().ok()) {
-        waiting = queue.try_recv().ok();
-        let next = waiting.as_ref().map(|next| &next.batch);
-        let scored = catch_unwind(AssertUnwindSafe(|| score(scorer.as_mut(), job, next)));
-        // After a panic the scorer is not used again.
-        let ended = scored.is_err();
-        if done.send(scored).is_err() || ended {
+fn spawn(name: String, work: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
+    std::thread::Builder::new().name(name).spawn(work).expect("a thread for each device")
+}
+
+/// Fills batches whenever an engine wants one.
+fn fill(queue: &Queue, to_engines: &Sender<Job>, spare: &Receiver<Batch>) {
+    loop {
+        let empty = spare.try_recv().unwrap_or_else(|_| Batch::new(queue.info().config.vision.image_size));
+        let Some(job) = queue.next_batch(empty) else { return };
+        if to_engines.send(job).is_err() {
             return;
         }
     }
 }
 
-fn score(scorer: &mut dyn Scorer, Job { batch, places }: Job, next: Option<&Batch>) -> Finished {
+/// Scores batches until there are none. With `ahead` the next one is on its way to the device while one is computed, and
+/// the one after that is being filled.
+fn work(mut scorer: Box<dyn Scorer>, queue: &Queue, jobs: &Receiver<Job>, give_back: &Sender<Batch>, ahead: bool) {
+    let mut waiting: Option<Job> = None;
+    queue.want(1 + usize::from(ahead));
+    while let Some(job) = waiting.take().or_else(|| jobs.recv().ok()) {
+        if ahead {
+            waiting = jobs.try_recv().ok();
+            queue.want(1);
+        }
+        let next = waiting.as_ref().map(|next| &next.batch);
+        let usable = catch_unwind(AssertUnwindSafe(|| score(scorer.as_mut(), job, next)));
+        let Ok((batch, true)) = usable else {
+            // A panic is a bug, a lost card a fact: either way this engine scores no more.
+            queue.close(true);
+            return;
+        };
+        drop(give_back.send(batch));
+        if !ahead {
+            queue.want(1);
+        }
+    }
+}
+
+/// Scores a batch; gives back its memory and whether the engine can go on.
+fn score(scorer: &mut dyn Scorer, job: Job, next: Option<&Batch>) -> (Batch, bool) {
+    if job.in_vain() {
+        return (job.batch, true);
+    }
     let (start, mut scores) = (Instant::now(), Vec::new());
     let scored = match next {
-        Some(next) => scorer.score_ahead(&batch, next, &mut scores),
-        None => scorer.score(&batch, &mut scores),
+        Some(next) => scorer.score_ahead(&job.batch, next, &mut scores),
+        None => scorer.score(&job.batch, &mut scores),
     };
-    Finished { batch, places, scores: scored.map(|()| scores), seconds: start.elapsed().as_secs_f64() }
+    metrics::histogram!("capsieve_batch_pairs").record(job.batch.captions() as f64);
+    stage("engine", start.elapsed().as_secs_f64());
+    let lost = matches!(scored, Err(capsieve_engine::Error::Card { .. }));
+    (job.deliver(scored.map(|()| scores), start.elapsed()), !lost)
 }

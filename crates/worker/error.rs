@@ -13,6 +13,15 @@ pub enum Error {
     /// The checkpoint or the engine failed.
     #[error(transparent)]
     Engine(#[from] capsieve_engine::Error),
+    /// An engine failed on a batch, and with it all calls that had rows in it.
+    #[error(transparent)]
+    Scoring(std::sync::Arc<capsieve_engine::Error>),
+    /// An engine panicked or lost its device; what it said is in the log.
+    #[error("an engine broke down, its own message stands above: this is a bug or a broken device")]
+    EngineGone,
+    /// A stage of a call panicked; what it said is in the log.
+    #[error("the call broke down, its own message is in the worker's log: this is a bug")]
+    BrokeDown,
     /// A file of the model's preprocessing cannot be used.
     #[error("model {model}")]
     Preprocessing {
@@ -58,6 +67,52 @@ pub enum Error {
     Foreign {
         /// The output.
         uri: String,
+    },
+    /// A resume token that none of our workers gave for this call.
+    #[error("a resume token cannot be used: {reason}")]
+    Token {
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A resume token of other work.
+    #[error("the resume token of {uri} {what}: begin the shard anew")]
+    Stale {
+        /// The shard.
+        uri: String,
+        /// What differs.
+        what: &'static str,
+    },
+    /// The call asks for a score that the worker was not started for.
+    #[error("the worker was started without that head (--heads)")]
+    HeadNotLoaded,
+    /// The call's sink makes no sense.
+    #[error("the sink cannot be used: {reason}")]
+    Sink {
+        /// Why.
+        reason: &'static str,
+    },
+    /// The call's sink is nowhere that it could be.
+    #[error("the sink")]
+    SinkUri(#[source] capsieve_store::Error),
+    /// More shards than a call may have.
+    #[error("{count} shards in one call, at most {limit} are taken: make several calls")]
+    TooManyShards {
+        /// How many there are.
+        count: usize,
+        /// The most.
+        limit: usize,
+    },
+    /// A row group larger than the memory for it.
+    #[error(
+        "a row group of {uri} takes {bytes} bytes, the worker holds at most {limit}: write it with smaller ones, or raise --memory-limit"
+    )]
+    RowGroup {
+        /// The shard.
+        uri: String,
+        /// What reading it takes.
+        bytes: u64,
+        /// The most.
+        limit: u64,
     },
     /// A row failed and the job asked to fail then.
     #[error("row {row} has no score ({status}): {reason}; --on-error null goes on without it")]

@@ -9,32 +9,41 @@
 //! costs another row; the output is there whole or not at all.
 #![forbid(unsafe_code)]
 
-mod batching;
 mod bench;
+mod budget;
+mod call;
 mod demo;
 mod engine;
 mod error;
 mod inspect;
 pub mod limits;
 mod model;
+mod pairs;
 mod pipeline;
 mod prepare;
 mod progress;
+mod queue;
 mod ranking;
+mod resume;
 mod score;
+mod service;
 mod synth;
 
-pub use batching::engine_options;
 pub use bench::{BenchOptions, BenchReport, StageReport, bench};
-pub use capsieve_engine::{Heads, ItmToken, Precision};
-pub use capsieve_store::ColumnOptions;
+pub use call::{Call, CallRequest, Event, Events, ScoredRows, ShardDone, Sink, Source};
+pub use capsieve_engine::{Heads, ItmToken, Precision, give_large_buffers_back};
+pub use capsieve_store::Error as StoreError;
+pub use capsieve_store::{Access, ColumnOptions, RowScore};
 pub use demo::{DemoReport, DemoRow, NoiseReport, demo};
-pub use engine::{DeviceChoice, EngineChoice, Engines};
+pub use engine::{DeviceChoice, EngineChoice, Engines, engine_options};
 pub use error::{Error, Result};
 pub use inspect::{CheckpointReport, Inspection, ShardReport, inspect};
 pub use model::{LoadedModel, ModelSource};
+pub use pairs::{Pair, PairImage};
 pub use prepare::CaptionPolicy;
 pub use progress::Progress;
 pub use ranking::{precision_recall, roc_auc};
+pub use resume::Position;
 pub use score::{Outcome, ScoreJob, Stats, Thresholds, score};
+pub use service::{Worker, WorkerInfo, WorkerOptions};
 pub use synth::{SynthSize, synth};

@@ -2,56 +2,84 @@
 //!
 //! A stage ends when its input ends, when its neighbour is gone, or with an error. An error drops the stage's channels,
 //! so all stages end; the first stage of the path that failed gives the job's error. Chunks stay in order by
-//! construction: each stage handles them one after another, and only the rows inside a chunk are prepared in parallel.
+//! construction: each stage hands them on one after another, and only the rows inside a chunk are prepared in parallel.
+//! Jobs share engines through the [`crate::queue`]; everything else a job has to itself.
 
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::Instant;
 
 use arrow_array::RecordBatch;
 use bytes::Bytes;
-use capsieve_engine::{Heads, Scorer};
-use capsieve_store::{Columns, ImageCell, Location, RowScore, ShardWriter, Written};
+use capsieve_store::{Access, Columns, ImageCell, InputRow, Location, RowScore, ShardWriter, Written};
 use futures::{Stream, StreamExt, pin_mut, stream};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::task::spawn_blocking;
 
-use crate::batching::Batcher;
-use crate::limits::{CHUNKS_PREPARED, CHUNKS_READ, CHUNKS_SCORED, FETCHES, IMAGE_BYTES_MAX};
+use crate::budget::{Budget, Held};
+use crate::limits::{CHUNK_ROWS, CHUNKS_OPEN, CHUNKS_PREPARED, CHUNKS_READ, CHUNKS_SCORED, FETCHES, IMAGE_BYTES_MAX};
 use crate::prepare::{Fault, Preparer, ReadyRow, chain};
-use crate::{Error, Progress, Result};
+use crate::queue::{Scores, Share};
+use crate::{Error, Result};
 
 /// Rows as read. `fetched` has an entry for each row: the image of an address.
 pub(crate) struct Chunk {
     pub(crate) batch: RecordBatch,
     pub(crate) fetched: Vec<Option<Result<Bytes, Fault>>>,
+    pub(crate) held: Held,
+    /// Memory of what was fetched, until it is decoded.
+    _fetching: Held,
 }
 
 /// Rows ready for the engine, or why not.
 pub(crate) struct Prepared {
     pub(crate) batch: RecordBatch,
     pub(crate) rows: Vec<Result<ReadyRow, Fault>>,
+    pub(crate) held: Held,
 }
 
 /// Rows with their scores.
 pub(crate) struct Scored {
+    /// The input's columns where they are written, its key alone where scores are streamed.
     pub(crate) batch: RecordBatch,
     pub(crate) rows: Vec<RowScore>,
+    /// Given back when the columns are written.
+    _held: Held,
+}
+
+/// Where the images of addresses are.
+#[derive(Clone)]
+pub(crate) struct Images {
+    /// The shard: addresses may be relative to it.
+    pub(crate) beside: Option<Location>,
+    /// What may be read.
+    pub(crate) access: Access,
+}
+
+/// Where scores go.
+pub(crate) enum Output {
+    /// With the input's columns into a shard.
+    Shard(Box<ShardWriter>),
+    /// To whoever asked.
+    Rows(Sender<Scored>),
 }
 
 /// What the stages work with.
 pub(crate) struct Stages<S> {
     /// The shard's rows, in batches of at most [`crate::limits::CHUNK_ROWS`].
     pub(crate) batches: S,
-    /// Where the shard is: addresses of images may be relative to it.
-    pub(crate) input: Location,
+    pub(crate) images: Images,
     pub(crate) columns: Columns,
-    pub(crate) preparer: Preparer,
-    /// One for each device.
-    pub(crate) scorers: Vec<Box<dyn Scorer>>,
-    pub(crate) heads: Heads,
-    pub(crate) writer: ShardWriter,
+    pub(crate) preparer: Arc<Preparer>,
+    /// The job's place in the queue for the engines.
+    pub(crate) share: Share,
+    /// Memory for chunks.
+    pub(crate) budget: Budget,
+    pub(crate) output: Output,
+    /// Number of the first row.
+    pub(crate) first_row: u64,
     /// Ends the job at the first row without a score.
     pub(crate) fail_on_row: bool,
-    pub(crate) progress: Progress,
 }
 
 /// Busy seconds of each stage and what came out.
@@ -62,9 +90,11 @@ pub(crate) struct Totals {
     pub(crate) engine: f64,
     pub(crate) write: f64,
     pub(crate) pairs: u64,
+    pub(crate) rows: u64,
+    /// What was committed, where there is a shard.
     pub(crate) written: Written,
     /// Rows by status, "ok" included.
-    pub(crate) statuses: std::collections::BTreeMap<&'static str, u64>,
+    pub(crate) statuses: BTreeMap<&'static str, u64>,
 }
 
 /// Runs a shard through all stages and commits the output.
@@ -75,36 +105,51 @@ pub(crate) async fn run<S>(stages: Stages<S>) -> Result<Totals>
 where
     S: Stream<Item = capsieve_store::Result<RecordBatch>> + Send,
 {
-    let Stages { batches, input, columns, preparer, scorers, heads, writer, fail_on_row, progress } = stages;
+    let Stages { batches, images, columns, preparer, share, budget, output, first_row, fail_on_row } = stages;
     let (to_prepare, chunks) = channel(CHUNKS_READ);
     let (to_engine, prepared) = channel(CHUNKS_PREPARED);
     let (to_writer, scored) = channel(CHUNKS_SCORED);
-    let reading = read(batches, &input, &columns, to_prepare);
-    let (for_prepare, batcher) = (columns.clone(), Batcher::new(scorers, heads, progress));
-    let preparing = spawn_blocking(move || prepare(&preparer, &for_prepare, chunks, &to_engine));
-    let scoring = spawn_blocking(move || score(batcher, prepared, &to_writer));
-    let writing = write(writer, scored, fail_on_row);
+    let memory = (&budget, preparer.pixel_bytes());
+    let reading = read(batches, (&images, &columns), memory, to_prepare);
+    // The input's columns go no further than this where nobody writes them.
+    let kept: Option<Vec<usize>> = matches!(output, Output::Rows(_)).then(|| columns.key.into_iter().collect());
+    let preparing = prepare(&preparer, &columns, kept, chunks, to_engine);
+    let scoring = score(&share, prepared, to_writer);
+    let writing = write(output, scored, first_row, fail_on_row);
     let (read, prepared, scored, written) = tokio::join!(reading, preparing, scoring, writing);
-    // A panic of a stage is a bug and goes on as one.
-    let (prepared, scored) = (joined(prepared), joined(scored));
-    let (read, prepare, (engine, pairs)) = (read?, prepared?, scored?);
-    let (writer, mut totals) = written?;
-    let start = Instant::now();
-    totals.written = writer.commit().await?;
-    totals.write += start.elapsed().as_secs_f64();
-    Ok(Totals { read, prepare, engine, pairs, ..totals })
+    let (read, prepare) = (read?, prepared?);
+    scored?;
+    let (output, mut totals) = written?;
+    if let Output::Shard(writer) = output {
+        let start = Instant::now();
+        totals.written = writer.commit().await?;
+        totals.write += start.elapsed().as_secs_f64();
+    }
+    let (engine, pairs) = share.spent();
+    let totals = Totals { read, prepare, engine, pairs, ..totals };
+    record(&totals);
+    Ok(totals)
 }
 
-/// What a thread returned; its panic is a bug and goes on as one.
-fn joined<T>(result: std::result::Result<T, tokio::task::JoinError>) -> T {
-    result.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+/// For the trace of the shard, where there is one.
+fn record(totals: &Totals) {
+    let span = tracing::Span::current();
+    // OpenTelemetry has signed numbers only.
+    span.record("rows", totals.rows.cast_signed()).record("pairs", totals.pairs.cast_signed());
+    span.record("read_seconds", totals.read).record("decode_seconds", totals.prepare);
+    span.record("engine_seconds", totals.engine).record("write_seconds", totals.write);
+}
+
+/// Counts what a stage took.
+pub(crate) fn stage(name: &'static str, seconds: f64) {
+    metrics::histogram!("capsieve_stage_seconds", "stage" => name).record(seconds);
 }
 
 /// Stage 1: batches of rows, with the images of addresses fetched.
 async fn read(
     batches: impl Stream<Item = capsieve_store::Result<RecordBatch>>,
-    input: &Location,
-    columns: &Columns,
+    (images, columns): (&Images, &Columns),
+    (budget, pixel_bytes): (&Budget, usize),
     out: Sender<Chunk>,
 ) -> Result<f64> {
     pin_mut!(batches);
@@ -112,89 +157,155 @@ async fn read(
     loop {
         let start = Instant::now();
         let Some(batch) = batches.next().await.transpose()? else { return Ok(seconds) };
-        let fetched = fetch(&batch, input, columns).await?;
-        seconds += start.elapsed().as_secs_f64();
-        if out.send(Chunk { batch, fetched }).await.is_err() {
+        let decoding = start.elapsed().as_secs_f64();
+        // Not the reader's time: memory is short because the engines are busy.
+        let addresses = addresses(&batch, columns)?;
+        let fetching = addresses.iter().flatten().count() * IMAGE_BYTES_MAX as usize;
+        // Asked for at once: who holds a part and waits for another could wait for ever.
+        let bytes = batch.num_rows() * pixel_bytes + batch.get_array_memory_size();
+        let mut held = budget.take(bytes + fetching).await;
+        let fetching = held.split(fetching);
+        let start = Instant::now();
+        let fetched = fetch(addresses, images).await;
+        let taken = decoding + start.elapsed().as_secs_f64();
+        stage("read", taken);
+        seconds += taken;
+        if out.send(Chunk { batch, fetched, held, _fetching: fetching }).await.is_err() {
             return Ok(seconds);
         }
     }
 }
 
-async fn fetch(batch: &RecordBatch, input: &Location, columns: &Columns) -> Result<Vec<Option<Result<Bytes, Fault>>>> {
-    let rows = capsieve_store::rows(batch, columns)?;
-    let addresses: Vec<Option<String>> = rows
-        .iter()
-        .map(|row| match row.image {
-            ImageCell::Uri(uri) => Some(uri.to_owned()),
-            _ => None,
-        })
-        .collect();
-    let one = |address: Option<String>| async move {
-        let address = address?;
-        let fetched = async { input.resolve(&address)?.get(IMAGE_BYTES_MAX).await };
-        Some(fetched.await.map_err(|error| Fault::new("fetch_failed", chain(&error))))
+/// Where the images are that are not in the shard.
+fn addresses(batch: &RecordBatch, columns: &Columns) -> Result<Vec<Option<String>>> {
+    let address = |row: &InputRow<'_>| match row.image {
+        ImageCell::Uri(uri) => Some(uri.to_owned()),
+        _ => None,
     };
-    Ok(stream::iter(addresses.into_iter().map(one)).buffered(FETCHES).collect().await)
+    Ok(capsieve_store::rows(batch, columns)?.iter().map(address).collect())
 }
 
-/// Stage 2, a thread of its own: model input for every row.
-fn prepare(preparer: &Preparer, columns: &Columns, mut chunks: Receiver<Chunk>, out: &Sender<Prepared>) -> Result<f64> {
+async fn fetch(addresses: Vec<Option<String>>, images: &Images) -> Vec<Option<Result<Bytes, Fault>>> {
+    let one = |address: Option<String>| async move {
+        let address = address?;
+        let fetched = async { images.access.resolve(images.beside.as_ref(), &address)?.get(IMAGE_BYTES_MAX).await };
+        Some(fetched.await.map_err(|error| Fault::new("fetch_failed", chain(&error))))
+    };
+    stream::iter(addresses.into_iter().map(one)).buffered(FETCHES).collect().await
+}
+
+/// Stage 2: model input for every row, a chunk at a time on a thread for such work. `kept` are the columns that go on, if not
+/// all do.
+async fn prepare(
+    preparer: &Arc<Preparer>,
+    columns: &Columns,
+    kept: Option<Vec<usize>>,
+    mut chunks: Receiver<Chunk>,
+    out: Sender<Prepared>,
+) -> Result<f64> {
     let mut seconds = 0.0;
-    while let Some(chunk) = chunks.blocking_recv() {
-        let start = Instant::now();
-        let prepared = preparer.chunk(chunk, columns)?;
-        seconds += start.elapsed().as_secs_f64();
-        if out.blocking_send(prepared).is_err() {
+    while let Some(chunk) = chunks.recv().await {
+        let (preparer, columns, kept) = (Arc::clone(preparer), columns.clone(), kept.clone());
+        let preparing = spawn_blocking(move || {
+            let start = Instant::now();
+            let mut prepared = preparer.chunk(chunk, &columns)?;
+            if let Some(kept) = kept {
+                prepared.batch = prepared.batch.project(&kept).expect("the key is a column of the shard");
+            }
+            Ok::<_, Error>((prepared, start.elapsed().as_secs_f64()))
+        });
+        // A panic of a stage is a bug and goes on as one.
+        let prepared = preparing.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+        let (prepared, taken) = prepared?;
+        stage("decode", taken);
+        seconds += taken;
+        if out.send(prepared).await.is_err() {
             break;
         }
     }
     Ok(seconds)
 }
 
-/// Stage 3, a thread of its own: batches through the engine.
-fn score(mut batcher: Batcher, mut chunks: Receiver<Prepared>, out: &Sender<Scored>) -> Result<(f64, u64)> {
-    let mut ended = false;
-    while !ended {
-        match chunks.blocking_recv() {
-            Some(chunk) => batcher.push(chunk)?,
-            // Nobody waits for the last batch of a job that was cancelled or could not be written.
-            None if out.is_closed() => ended = true,
-            None => {
-                batcher.finish_all()?;
-                ended = true;
-            }
+/// A chunk in the engines' queue.
+struct Open {
+    batch: RecordBatch,
+    scores: Scores,
+    held: Held,
+}
+
+/// Stage 3: rows through the engines, chunks on in their order.
+async fn score(share: &Share, mut chunks: Receiver<Prepared>, out: Sender<Scored>) -> Result<()> {
+    let open_max = CHUNKS_OPEN + 2 * (share.images_max() / CHUNK_ROWS + 1);
+    let (mut open, mut ended) = (VecDeque::<Open>::new(), false);
+    loop {
+        let takes = !ended && open.len() < open_max && share.has_room();
+        if ended && open.is_empty() {
+            return Ok(());
         }
-        while let Some(done) = batcher.pop() {
-            if out.blocking_send(done).is_err() {
-                return Ok((batcher.seconds, batcher.pairs));
+        // Rows without a score fill no batch: those that wait must not wait for more than may come.
+        if ended || open.len() == open_max {
+            share.hurry();
+        }
+        tokio::select! {
+            biased;
+            // Nobody waits for the last batch of a job that was cancelled or could not be written.
+            () = out.closed() => return Ok(()),
+            scores = first(&mut open) => {
+                let rows = scores?;
+                let Open { batch, held, .. } = open.pop_front().expect("its scores are here");
+                if out.send(Scored { batch, rows, _held: held }).await.is_err() {
+                    return Ok(());
+                }
             }
+            chunk = chunks.recv(), if takes => match chunk {
+                Some(Prepared { batch, rows, mut held }) => {
+                    // Where no columns go on, the pixels are all there is to hold.
+                    let pixels = if batch.num_columns() <= 1 { std::mem::take(&mut held) } else { Held::default() };
+                    open.push_back(Open { batch, scores: share.submit(rows, pixels), held });
+                }
+                None => ended = true,
+            },
+            () = share.room(), if !takes && !ended => {}
         }
     }
-    Ok((batcher.seconds, batcher.pairs))
+}
+
+/// The scores of the oldest chunk; waits for ever where there is none.
+async fn first(open: &mut VecDeque<Open>) -> Result<Vec<RowScore>> {
+    match open.front_mut() {
+        Some(first) => first.scores.wait().await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Stage 4: rows with their scores to the output, in input order.
 async fn write(
-    mut writer: ShardWriter,
+    mut output: Output,
     mut chunks: Receiver<Scored>,
+    first_row: u64,
     fail_on_row: bool,
-) -> Result<(ShardWriter, Totals)> {
+) -> Result<(Output, Totals)> {
     let mut totals = Totals::default();
-    let mut first = 0;
-    while let Some(Scored { batch, rows }) = chunks.recv().await {
-        for (i, row) in rows.iter().enumerate() {
+    while let Some(chunk) = chunks.recv().await {
+        for (i, row) in chunk.rows.iter().enumerate() {
             *totals.statuses.entry(row.status).or_default() += 1;
             if fail_on_row && row.status != "ok" {
                 let reason = row.error.clone().unwrap_or_default();
-                return Err(Error::Row { row: first + i as u64, status: row.status, reason });
+                return Err(Error::Row { row: first_row + totals.rows + i as u64, status: row.status, reason });
             }
         }
         let start = Instant::now();
-        writer.write(&batch, &rows).await?;
-        totals.write += start.elapsed().as_secs_f64();
-        first += rows.len() as u64;
+        totals.rows += chunk.rows.len() as u64;
+        match &mut output {
+            Output::Shard(writer) => writer.write(&chunk.batch, &chunk.rows).await?,
+            Output::Rows(out) if out.send(chunk).await.is_err() => break,
+            Output::Rows(_) => {}
+        }
+        let taken = start.elapsed().as_secs_f64();
+        stage("write", taken);
+        totals.write += taken;
     }
-    Ok((writer, totals))
+    Ok((output, totals))
 }
 
 #[cfg(test)]

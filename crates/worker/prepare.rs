@@ -4,8 +4,9 @@
 use std::panic::catch_unwind;
 
 use bytes::Bytes;
+use capsieve_engine::{Heads, PairScore};
 use capsieve_prep::{DecodeLimits, ImageSpec, Tokenizer};
-use capsieve_store::{CaptionCell, Columns, ImageCell, InputRow, RowScore};
+use capsieve_store::{CaptionCell, CaptionScore, Columns, ImageCell, InputRow, RowScore};
 use rayon::prelude::*;
 
 use crate::limits::{CAPTION_BYTES_MAX, IMAGE_PIXELS_MAX};
@@ -49,8 +50,20 @@ impl Fault {
 pub(crate) struct ReadyRow {
     /// `[S, S, 3]` u8.
     pub(crate) pixels: Vec<u8>,
-    /// Token ids of each caption of the row; `None` where it has no score.
-    pub(crate) captions: Vec<Option<Vec<u32>>>,
+    /// Token ids of each caption of the row, or why it has no score.
+    pub(crate) captions: Vec<Result<Vec<u32>, Fault>>,
+}
+
+impl ReadyRow {
+    /// Captions that are scored.
+    pub(crate) fn pairs(&self) -> usize {
+        self.captions.iter().flatten().count()
+    }
+
+    /// Of these captions.
+    pub(crate) fn tokens(&self) -> usize {
+        self.captions.iter().flatten().map(Vec::len).sum()
+    }
 }
 
 /// Prepares rows on a pool of its own threads.
@@ -75,13 +88,18 @@ impl Preparer {
         Ok(Self { pool, image, tokenizer, positions, policy })
     }
 
+    /// Bytes of an image as the model takes it.
+    pub(crate) fn pixel_bytes(&self) -> usize {
+        self.image.size * self.image.size * 3
+    }
+
     /// Prepares every row of a chunk, all cores at once.
     pub(crate) fn chunk(&self, chunk: Chunk, columns: &Columns) -> Result<Prepared> {
         let rows = capsieve_store::rows(&chunk.batch, columns)?;
         let prepared = self.pool.install(|| {
             rows.par_iter().zip(&chunk.fetched).map(|(row, fetched)| self.row(row, fetched.as_ref())).collect()
         });
-        Ok(Prepared { batch: chunk.batch, rows: prepared })
+        Ok(Prepared { batch: chunk.batch, rows: prepared, held: chunk.held })
     }
 
     fn row(&self, row: &InputRow<'_>, fetched: Option<&Result<Bytes, Fault>>) -> Result<ReadyRow, Fault> {
@@ -102,22 +120,19 @@ impl Preparer {
     }
 
     /// The captions of a row. A list needs one caption that can be scored; its others are then without a score.
-    fn captions(&self, cell: &CaptionCell<'_>) -> Result<Vec<Option<Vec<u32>>>, Fault> {
+    fn captions(&self, cell: &CaptionCell<'_>) -> Result<Vec<Result<Vec<u32>, Fault>>, Fault> {
         let null = || Fault::new("null_caption", "the caption is null");
         match cell {
             CaptionCell::Null => Err(null()),
-            CaptionCell::One(text) => Ok(vec![Some(self.caption(text)?)]),
+            CaptionCell::One(text) => Ok(vec![Ok(self.caption(text)?)]),
             CaptionCell::List(texts) => {
-                let (mut captions, mut first_fault) = (Vec::with_capacity(texts.len()), None);
-                for text in texts {
-                    let caption = text.ok_or_else(null).and_then(|text| self.caption(text));
-                    captions.push(caption.map_err(|fault| first_fault.get_or_insert(fault).clone()).ok());
+                let caption = |text: &Option<&str>| text.ok_or_else(null).and_then(|text| self.caption(text));
+                let captions: Vec<_> = texts.iter().map(caption).collect();
+                if captions.iter().any(Result::is_ok) {
+                    return Ok(captions);
                 }
-                if captions.iter().all(Option::is_none) {
-                    let empty = || Fault::new("null_caption", "the list of captions is empty");
-                    return Err(first_fault.unwrap_or_else(empty));
-                }
-                Ok(captions)
+                let empty = || Fault::new("null_caption", "the list of captions is empty");
+                Err(captions.into_iter().find_map(Result::err).unwrap_or_else(empty))
             }
         }
     }
@@ -141,6 +156,22 @@ impl Preparer {
         }
         Ok(tokens)
     }
+}
+
+/// A row's scores; none where a caption was not scored, and none at all where the engine's arithmetic overflowed.
+pub(crate) fn row_score(scores: Vec<Result<PairScore, &'static str>>, heads: Heads) -> RowScore {
+    let finite = |s: &PairScore| (!heads.itm || s.itm.is_finite()) && (!heads.cosine || s.cosine.is_finite());
+    if !scores.iter().flatten().all(finite) {
+        let reason = "the score is not a number: the model overflows on this row, try --precision bf16 or f32";
+        return Fault::new("not_finite", reason).into_row();
+    }
+    let score = |scored: Result<PairScore, _>| match scored {
+        Ok(s) => {
+            CaptionScore { itm: heads.itm.then_some(s.itm), cosine: heads.cosine.then_some(s.cosine), fault: None }
+        }
+        Err(fault) => CaptionScore { fault: Some(fault), ..CaptionScore::default() },
+    };
+    RowScore { status: "ok", error: None, scores: scores.into_iter().map(score).collect() }
 }
 
 /// An error and its causes in one line.

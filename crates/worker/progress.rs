@@ -16,7 +16,7 @@ struct Counters {
 }
 
 impl Progress {
-    /// Rows of the shard; 0 until it is opened.
+    /// Rows of the shards that were opened so far.
     pub fn rows_total(&self) -> u64 {
         self.0.rows_total.load(Ordering::Relaxed)
     }
@@ -36,8 +36,16 @@ impl Progress {
         self.0.failed.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn start(&self, rows_total: u64) {
-        self.0.rows_total.store(rows_total, Ordering::Relaxed);
+    /// Shows what a worker elsewhere says of its progress: rows, of these without a score, rows of its shards, pairs.
+    pub fn show(&self, rows: u64, failed: u64, rows_total: u64, pairs: u64) {
+        let Counters { rows_total: total, rows: done, pairs: scored, failed: without } = &*self.0;
+        for (counter, value) in [(total, rows_total), (done, rows), (scored, pairs), (without, failed)] {
+            counter.store(value, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn start(&self, rows: u64) {
+        self.0.rows_total.fetch_add(rows, Ordering::Relaxed);
     }
 
     pub(crate) fn add_pairs(&self, pairs: u64) {

@@ -1,18 +1,21 @@
 //! The job `score`: one shard in, the same rows with scores out.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Instant;
 
 use capsieve_engine::{Heads, ItmToken};
 use capsieve_store::{
-    ColumnOptions, Footer, Location, ObjectInfo, OutputHeads, OutputOptions, ShardReader, ShardWriter,
+    Access, ColumnOptions, Footer, Location, ObjectInfo, OutputHeads, OutputOptions, ShardReader, ShardWriter,
 };
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
+use crate::budget::Budget;
+use crate::engine::Pool;
 use crate::limits::CHUNK_ROWS;
 use crate::model::hex;
-use crate::pipeline::{self, Stages, Totals};
+use crate::pipeline::{self, Images, Output, Stages, Totals};
 use crate::prepare::Preparer;
 use crate::{CaptionPolicy, EngineChoice, Error, LoadedModel, Precision, Progress, Result, engine_options};
 
@@ -110,44 +113,110 @@ pub enum Outcome {
 /// # Errors
 /// Whatever ends the job, see [`Error`]; nothing is then written.
 pub async fn score(model: &LoadedModel, job: &ScoreJob, progress: &Progress) -> Result<Outcome> {
-    let (input, output) = (Location::parse(&job.input)?, Location::parse(&job.output)?);
-    if input.same_object(&output) {
-        return Err(Error::SameObject { uri: output.to_string() });
-    }
-    let reader = ShardReader::open(&input, &job.columns).await?;
     let engines = job.engine.find()?;
     let hash = model.hash()?;
-    let fingerprint = fingerprint(job, &hash, engines.precision, reader.object_info());
-    if !job.overwrite && output.exists().await? {
-        return complete(&output, &fingerprint).await;
-    }
-    let options = output_options(job, (&hash, engines.precision), &fingerprint, &reader, &input);
-    let writer = ShardWriter::create(&output, reader.schema(), reader.columns(), &options).await?;
+    // Before the weights are loaded: most of what can be wrong shows here.
+    let shard = match open(job, (&hash, engines.precision), &Access::everything()).await? {
+        Opened::Complete(outcome) => return Ok(outcome),
+        Opened::New(shard) => *shard,
+    };
     let config = model.checkpoint.config();
     let options = engine_options(config, &job.engine, &engines, job.heads, job.itm_token);
     let scorers = model.scorers(&engines, &options)?;
     let parts = (model.image.clone(), model.tokenizer.clone());
     let preparer = Preparer::new(job.engine.threads, parts, config.text.positions, job.policy)?;
-    let devices: Vec<&str> = scorers.iter().map(|scorer| scorer.info().device.as_str()).collect();
-    let (device, precision, rows) = (devices.join(", "), engines.precision.name(), reader.rows());
-    progress.start(rows);
-    let start = Instant::now();
-    let stages = Stages {
-        input,
-        columns: reader.columns().clone(),
-        batches: reader.into_stream(CHUNK_ROWS),
-        preparer,
-        scorers,
-        heads: job.heads,
-        writer,
-        fail_on_row: job.fail_on_row,
-        progress: progress.clone(),
+    let devices: Vec<String> = scorers.iter().map(|scorer| scorer.info().device.clone()).collect();
+    let engine = SharedEngine {
+        hash,
+        device: devices.join(", "),
+        precision: engines.precision,
+        pool: Pool::start(scorers, None, engines.ahead()),
+        preparer: Arc::new(preparer),
+        budget: Budget::default(),
     };
-    let totals = pipeline::run(stages).await?;
-    assert_eq!(totals.written.rows, rows, "every row that was read was written");
-    let stats = stats(job, (hash, device, precision), totals, start.elapsed().as_secs_f64());
-    capsieve_store::write_stats(&output, &stats).await?;
-    Ok(Outcome::Done(Box::new(stats)))
+    shard.score(job, &engine, &Access::everything(), progress).await
+}
+
+/// A loaded model that jobs share.
+pub(crate) struct SharedEngine {
+    /// SHA-256 of the model.
+    pub(crate) hash: String,
+    /// Of all engines: "cuda:0 (...), cuda:1 (...)".
+    pub(crate) device: String,
+    pub(crate) precision: Precision,
+    pub(crate) pool: Pool,
+    pub(crate) preparer: Arc<Preparer>,
+    /// Memory for the chunks of all jobs.
+    pub(crate) budget: Budget,
+}
+
+/// A job whose input was looked at.
+pub(crate) enum Opened {
+    /// The output is there already.
+    Complete(Outcome),
+    /// Its output was begun.
+    New(Box<OpenShard>),
+}
+
+/// A shard between opening and scoring.
+pub(crate) struct OpenShard {
+    input: Location,
+    output: Location,
+    reader: ShardReader,
+    writer: ShardWriter,
+}
+
+/// Opens input and output, and looks whether the work is done.
+pub(crate) async fn open(job: &ScoreJob, (hash, precision): (&str, Precision), access: &Access) -> Result<Opened> {
+    let (input, output) = (access.open(&job.input)?, access.open(&job.output)?);
+    if input.same_object(&output) {
+        return Err(Error::SameObject { uri: output.to_string() });
+    }
+    let reader = ShardReader::open(&input, &job.columns).await?;
+    let fingerprint = fingerprint(job, hash, precision, reader.object_info());
+    if !job.overwrite && output.exists().await? {
+        return complete(&output, &fingerprint).await.map(Opened::Complete);
+    }
+    let options = output_options(job, (hash, precision), &fingerprint, &reader, &input);
+    let writer = ShardWriter::create(&output, reader.schema(), reader.columns(), &options).await?;
+    Ok(Opened::New(Box::new(OpenShard { input, output, reader, writer })))
+}
+
+impl OpenShard {
+    /// Rows of the shard.
+    pub(crate) fn reader(&self) -> &ShardReader {
+        &self.reader
+    }
+
+    /// Scores it and publishes the output.
+    pub(crate) async fn score(
+        self,
+        job: &ScoreJob,
+        engine: &SharedEngine,
+        access: &Access,
+        progress: &Progress,
+    ) -> Result<Outcome> {
+        let Self { input, output, reader, writer } = self;
+        let rows = reader.rows();
+        progress.start(rows);
+        let start = Instant::now();
+        let stages = Stages {
+            images: Images { beside: Some(input), access: access.clone() },
+            columns: reader.columns().clone(),
+            batches: reader.into_stream(CHUNK_ROWS),
+            preparer: Arc::clone(&engine.preparer),
+            share: engine.pool.queue().join(job.heads, progress.clone()),
+            budget: engine.budget.clone(),
+            output: Output::Shard(Box::new(writer)),
+            first_row: 0,
+            fail_on_row: job.fail_on_row,
+        };
+        let totals = pipeline::run(stages).await?;
+        assert_eq!(totals.written.rows, rows, "every row that was read was written");
+        let stats = stats(job, engine, totals, start.elapsed().as_secs_f64());
+        capsieve_store::write_stats(&output, &stats).await?;
+        Ok(Outcome::Done(Box::new(stats)))
+    }
 }
 
 /// An output that is there: ours, or somebody else's?
@@ -210,12 +279,7 @@ fn output_options(
     }
 }
 
-fn stats(
-    job: &ScoreJob,
-    (model, device, precision): (String, String, &'static str),
-    totals: Totals,
-    total: f64,
-) -> Stats {
+fn stats(job: &ScoreJob, engine: &SharedEngine, totals: Totals, total: f64) -> Stats {
     let mut errors = totals.statuses;
     let scored = errors.remove("ok").unwrap_or(0);
     let thresholds = job.thresholds.min_itm.is_some() || job.thresholds.min_cosine.is_some();
@@ -230,9 +294,9 @@ fn stats(
         version: env!("CARGO_PKG_VERSION"),
         input: job.input.clone(),
         output: job.output.clone(),
-        model,
-        device,
-        precision,
+        model: engine.hash.clone(),
+        device: engine.device.clone(),
+        precision: engine.precision.name(),
         rows: totals.written.rows,
         scored,
         failed: errors.values().sum(),

@@ -208,7 +208,7 @@ fn old_scores_are_replaced() {
         metadata: vec![("capsieve.heads".to_owned(), "cosine".to_owned())],
         ..options()
     };
-    let score = CaptionScore { itm: None, cosine: Some(0.9) };
+    let score = CaptionScore { itm: None, cosine: Some(0.9), fault: None };
     wait(rescore(&first, &second, &cosine, |_| RowScore { status: "ok", error: None, scores: vec![score] })).unwrap();
     let file = read(second.as_file().unwrap());
     assert_eq!(names(&file), ["jpg", "caption", "key", "cosine_score", "score_status", "score_error"]);

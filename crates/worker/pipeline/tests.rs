@@ -8,15 +8,17 @@ use std::time::Duration;
 use arrow_array::cast::AsArray;
 use arrow_array::types::Float32Type;
 use arrow_array::{ArrayRef, BinaryArray, Int32Array, RecordBatch, StringArray};
-use capsieve_engine::{Batch, Checkpoint, Device, Info, ItmToken, Options, PairScore, Precision, SyntheticSize};
+use capsieve_engine::{
+    Batch, Checkpoint, Device, Heads, Info, ItmToken, Options, PairScore, Precision, Scorer, SyntheticSize,
+};
 use capsieve_prep::{ImageSpec, Tokenizer};
 use capsieve_store::{ColumnOptions, OutputHeads, OutputOptions, ShardReader};
 use futures::stream;
 use tempfile::TempDir;
 
 use super::*;
-use crate::CaptionPolicy;
-use crate::limits::BATCHES_WAITING;
+use crate::engine::Pool;
+use crate::{CaptionPolicy, Progress};
 
 /// A deadlock must fail, not stall the suite.
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -120,17 +122,17 @@ impl<I: Iterator<Item = Read> + Send + 'static> Job<I> {
                 let parts = (ImageSpec::blip(64), Tokenizer::bert_uncased());
                 let preparer = Preparer::new(1, parts, 512, CaptionPolicy::default()).unwrap();
                 let batches = stream::iter(read);
-                let progress = Progress::default();
+                let pool = Pool::start(scorers, None, false);
                 run(Stages {
                     batches,
-                    input: output,
+                    images: Images { beside: Some(output), access: Access::everything() },
                     columns,
-                    preparer,
-                    scorers,
-                    heads: HEADS,
-                    writer,
+                    preparer: Arc::new(preparer),
+                    share: pool.queue().join(HEADS, Progress::default()),
+                    budget: Budget::default(),
+                    output: Output::Shard(Box::new(writer)),
+                    first_row: 0,
                     fail_on_row,
-                    progress,
                 })
                 .await
             });
@@ -198,7 +200,10 @@ fn a_failing_reader_ends_the_job() {
 fn a_failing_engine_ends_the_job() {
     for pair in [0, 7, 99] {
         let error = Job::new(chunks(20), scorer(3, Behaviour::FailAt(pair))).run_to_error();
-        assert!(matches!(error, Error::Engine(capsieve_engine::Error::Batch { .. })), "{error}");
+        assert!(
+            matches!(&error, Error::Scoring(source) if matches!(**source, capsieve_engine::Error::Batch { .. })),
+            "{error}"
+        );
     }
 }
 
@@ -242,9 +247,8 @@ fn the_first_bad_row_ends_a_strict_job() {
 
 #[test]
 fn a_panic_is_no_deadlock() {
-    let (folder, ended) = Job::new(chunks(50), scorer(3, Behaviour::PanicAt(30))).run();
-    assert!(ended.is_none(), "the panic goes on");
-    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    let error = Job::new(chunks(50), scorer(3, Behaviour::PanicAt(30))).run_to_error();
+    assert!(matches!(error, Error::EngineGone), "{error}");
 }
 
 #[test]
@@ -260,10 +264,7 @@ fn a_slow_engine_holds_the_reader_back() {
     std::thread::sleep(Duration::from_millis(300));
     let ahead = read.load(Ordering::Relaxed) as usize;
     // One in the hands of each stage before the engine, the engine's own, those that wait for it, the channels between.
-    assert!(
-        ahead <= CHUNKS_READ + CHUNKS_PREPARED + 4 + BATCHES_WAITING,
-        "{ahead} chunks were read for an engine that waits"
-    );
+    assert!(ahead <= CHUNKS_READ + CHUNKS_PREPARED + 5, "{ahead} chunks were read for an engine that waits");
     (0..200).for_each(|_| go.send(()).unwrap());
     assert_eq!(running.join().unwrap().1.unwrap().unwrap().written.rows, 1000);
 }

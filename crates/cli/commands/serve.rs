@@ -1,0 +1,60 @@
+//! `capsieve serve`.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use capsieve_rpc::{Limits, ServeOptions, TlsFiles, Tokens};
+use capsieve_worker::{Access, CaptionPolicy, LoadedModel, Worker, WorkerOptions};
+
+use super::terminated;
+use crate::args::{ServeArgs, heads};
+
+pub(super) async fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
+    capsieve_worker::give_large_buffers_back();
+    let access = Access::only(&args.allow_uri)?;
+    let tokens = args.token_file.as_deref().map(|path| Tokens::open(path).with_context(|| path.display().to_string()));
+    let tls = args.tls_cert.clone().zip(args.tls_key.clone());
+    let options = ServeOptions {
+        listen: args.listen,
+        metrics: args.metrics_listen,
+        limits: limits(&args),
+        tokens: tokens.transpose()?,
+        open_health: args.open_health,
+        tls: tls.map(|(certificate, key)| TlsFiles { certificate, key, client_roots: args.tls_client_ca.clone() }),
+    };
+    if access.is_nothing() {
+        tracing::info!("only images that come with a call are scored: --allow-uri PREFIX opens storage");
+    }
+    if options.tokens.is_none() && !args.listen.ip().is_loopback() {
+        tracing::warn!("everybody who can reach {} may call: --token-file FILE asks for a token", args.listen);
+    }
+    let model = LoadedModel::open(&args.model).await?;
+    model.notes.iter().for_each(|note| tracing::warn!("{note}"));
+    let worker = WorkerOptions {
+        heads: heads(&args.heads),
+        itm_token: args.itm_token.into(),
+        policy: CaptionPolicy { tokens_max: args.max_caption_tokens, image_pixels_max: args.max_image_pixels },
+        engine: args.engine.into(),
+        latency: Duration::from_millis(args.batch_latency_ms as u64),
+        memory_bytes: args.memory_limit,
+        access,
+    };
+    let load = move || Worker::start(&model, worker);
+    capsieve_rpc::serve(options, load, terminated, |address| tracing::info!("listening on {address}")).await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn limits(args: &ServeArgs) -> Limits {
+    Limits {
+        calls: args.max_calls,
+        message_bytes: args.max_message_bytes,
+        connections: args.max_connections,
+        handshake_timeout: Duration::from_secs_f64(args.handshake_timeout),
+        request_timeout: Duration::from_secs_f64(args.request_timeout),
+        keepalive: Duration::from_secs_f64(args.keepalive),
+        connection_age: (args.max_connection_age > 0.0).then(|| Duration::from_secs_f64(args.max_connection_age)),
+        progress_interval: Duration::from_secs_f64(args.progress_interval.max(0.01)),
+        drain_timeout: Duration::from_secs_f64(args.drain_timeout),
+    }
+}

@@ -1,0 +1,44 @@
+//! The worker over gRPC: the service, its client, and what stands between a network and a worker: credentials, limits, TLS,
+//! draining. Thin: what a call does is the worker's business.
+//!
+//! ```text
+//! socket -> Listener (TLS, connection limit) -> Gate (token, call limit) -> Scoring (request -> call -> messages) -> worker
+//! ```
+//!
+//! One table says which error becomes which status: [`status`].
+#![forbid(unsafe_code)]
+
+mod body;
+mod chunks;
+mod client;
+mod gate;
+mod listener;
+mod metrics;
+mod request;
+mod serve;
+mod service;
+pub mod status;
+mod stream;
+mod tls;
+mod trace;
+
+pub use client::{Submission, SubmitError, submit};
+pub use gate::Tokens;
+pub use serve::{Limits, Phase, ServeError, ServeOptions, serve};
+pub use tls::TlsFiles;
+pub use trace::Traces;
+
+/// The contract, generated from `proto/capsieve/v1/scoring.proto`.
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::allow_attributes_without_reason,
+    reason = "generated; the contract holds the words"
+)]
+pub mod v1 {
+    tonic::include_proto!("capsieve.v1");
+
+    /// The contract's descriptors, for reflection.
+    pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+}

@@ -1,0 +1,82 @@
+//! What a worker counts, in Prometheus' text format on `/metrics`. Behind the same tokens as everything else.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode};
+use axum::routing::get;
+use capsieve_worker::WorkerInfo;
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tokio::net::TcpListener;
+
+use crate::gate::Tokens;
+use crate::serve::ServeError;
+
+/// Seconds: batches take milliseconds, shards minutes.
+const SECONDS: [f64; 16] =
+    [0.001, 0.003, 0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0];
+/// Pairs of a batch.
+const PAIRS: [f64; 12] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 58.0, 64.0, 128.0, 256.0, 512.0, 1024.0];
+
+struct Endpoint {
+    metrics: PrometheusHandle,
+    tokens: Option<Arc<Tokens>>,
+}
+
+/// Begins to count, and to answer on `listen`. Gives the address.
+pub(crate) async fn start(listen: SocketAddr, tokens: Option<Arc<Tokens>>) -> Result<SocketAddr, ServeError> {
+    let refused = |source| ServeError::Listen { listen, source };
+    let listener = TcpListener::bind(listen).await.map_err(refused)?;
+    let address = listener.local_addr().map_err(refused)?;
+    let builder = PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS)
+        .and_then(|builder| builder.set_buckets_for_metric(Matcher::Full("capsieve_batch_pairs".to_owned()), &PAIRS));
+    let metrics = builder.and_then(PrometheusBuilder::install_recorder).map_err(ServeError::Metrics)?;
+    describe();
+    let upkeep = metrics.clone();
+    tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(std::time::Duration::from_secs(5)).await;
+            upkeep.run_upkeep();
+        }
+    });
+    let routes = axum::Router::new().route("/metrics", get(answer)).with_state(Arc::new(Endpoint { metrics, tokens }));
+    tokio::spawn(async move {
+        if let Err(error) = axum::serve(listener, routes).await {
+            tracing::error!("the metrics' endpoint failed: {error}");
+        }
+    });
+    Ok(address)
+}
+
+async fn answer(State(endpoint): State<Arc<Endpoint>>, headers: HeaderMap) -> Result<String, StatusCode> {
+    let known = |tokens: &Arc<Tokens>| tokens.accept(headers.get("authorization"));
+    if endpoint.tokens.as_ref().is_none_or(known) {
+        Ok(endpoint.metrics.render())
+    } else {
+        Err(StatusCode::UNAUTHORIZED)
+    }
+}
+
+fn describe() {
+    metrics::describe_counter!("capsieve_pairs_scored_total", "captions scored");
+    metrics::describe_counter!("capsieve_pairs_wasted_total", "captions scored for calls that were gone by then");
+    metrics::describe_counter!("capsieve_rows_failed_total", "rows without a score, by reason");
+    metrics::describe_histogram!("capsieve_batch_pairs", "captions of a batch");
+    metrics::describe_histogram!("capsieve_stage_seconds", "time of a chunk of rows in a stage; engine: of a batch");
+    metrics::describe_gauge!("capsieve_queue_depth", "rows that wait for an engine");
+    metrics::describe_gauge!("capsieve_calls_in_flight", "calls that run");
+    metrics::describe_gauge!("capsieve_build_info", "1, with what is served");
+}
+
+/// What is served.
+pub(crate) fn build_info(info: &WorkerInfo) {
+    let labels = [
+        ("version", env!("CARGO_PKG_VERSION").to_owned()),
+        ("model", info.hash.clone()),
+        ("device", info.device.clone()),
+        ("precision", info.precision.to_owned()),
+    ];
+    metrics::gauge!("capsieve_build_info", &labels).set(1.0);
+}

@@ -1,0 +1,139 @@
+//! The methods of the contract.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use capsieve_worker::{ItmToken, Worker};
+use tokio::sync::watch;
+use tonic::metadata::MetadataMap;
+use tonic::{Code, Request, Response, Status};
+use tracing::Instrument;
+
+use crate::chunks::Format;
+use crate::gate::Admitted;
+use crate::serve::{Limits, Phase};
+use crate::stream::{Driver, Messages};
+use crate::v1::scoring_service_server::ScoringService;
+use crate::{request, status, stream, trace, v1};
+
+/// The service of a worker.
+pub(crate) struct Scoring {
+    /// None until the model is loaded.
+    pub(crate) worker: Arc<OnceLock<Arc<Worker>>>,
+    pub(crate) limits: Limits,
+    pub(crate) phase: watch::Receiver<Phase>,
+}
+
+impl Scoring {
+    fn worker(&self) -> Result<&Arc<Worker>, Status> {
+        let loading = || status::with_reason(Code::Unavailable, "NOT_READY", "the worker is loading its model");
+        self.worker.get().ok_or_else(loading)
+    }
+
+    /// Everything between a request and its first message.
+    async fn open(&self, request: Request<v1::ScoreBatchRequest>, request_id: String) -> Result<Driver, Status> {
+        let worker = self.worker()?;
+        let admitted = request.extensions().get::<Admitted>().cloned();
+        let deadline = deadline(request.metadata());
+        let call = request::convert(request.into_inner(), worker.info().heads)?;
+        let format = Format { heads: call.heads, thresholds: call.thresholds };
+        let opening = worker.call(call);
+        let opened = match deadline {
+            Some(deadline) => tokio::time::timeout_at(deadline.into(), opening)
+                .await
+                .map_err(|_| Status::deadline_exceeded("the call's deadline passed while its shards were listed"))?,
+            None => opening.await,
+        };
+        let call = opened.map_err(|error| status::of(&error))?;
+        tracing::info!(shards = call.shards().len(), "call accepted");
+        let info = worker.info();
+        let started = v1::ScoreStarted {
+            model_hash: info.hash.clone(),
+            device: info.device.clone(),
+            precision: info.precision.to_owned(),
+            shards: call.shards(),
+            request_id: request_id.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        let (progress, shards) = (call.progress().clone(), call.shards().len());
+        Ok(Driver {
+            started,
+            events: call.start(),
+            progress,
+            shards,
+            format,
+            deadline,
+            interval: self.limits.progress_interval,
+            phase: self.phase.clone(),
+            request_id,
+            admitted,
+        })
+    }
+}
+
+#[tonic::async_trait]
+impl ScoringService for Scoring {
+    type ScoreBatchStream = Messages;
+
+    async fn score_batch(&self, request: Request<v1::ScoreBatchRequest>) -> Result<Response<Messages>, Status> {
+        let request_id = request_id(&request.get_ref().request_id)?;
+        let span = trace::call(&request_id, request.metadata());
+        let opening = self.open(request, request_id.clone()).instrument(span.clone());
+        let driver = opening.await.map_err(|status| {
+            let _entered = span.enter();
+            stream::ended(Err(&status));
+            status::for_request(status, &request_id)
+        })?;
+        Ok(Response::new(span.in_scope(|| driver.start())))
+    }
+
+    async fn get_model_info(
+        &self,
+        _: Request<v1::GetModelInfoRequest>,
+    ) -> Result<Response<v1::GetModelInfoResponse>, Status> {
+        let info = self.worker()?.info();
+        let heads = [(info.heads.itm, v1::Head::Itm), (info.heads.cosine, v1::Head::Cosine)];
+        let number = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        Ok(Response::new(v1::GetModelInfoResponse {
+            model: info.model.clone(),
+            model_hash: info.hash.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            heads: heads.into_iter().filter(|(on, _)| *on).map(|(_, head)| head.into()).collect(),
+            itm_token: if info.itm_token == ItmToken::Cls { "cls" } else { "enc" }.to_owned(),
+            device: info.device.clone(),
+            precision: info.precision.to_owned(),
+            image_size: number(info.image_size),
+            caption_tokens_max: number(info.tokens_max),
+            batch_images_max: number(info.batch_images),
+            message_bytes_max: self.limits.message_bytes as u64,
+            calls_max: number(self.limits.calls),
+        }))
+    }
+}
+
+/// The client's name for its call, or one of ours.
+fn request_id(given: &str) -> Result<String, Status> {
+    request::check_id(given)?;
+    // The standard library's source of random bits.
+    let made = || format!("{:016x}", RandomState::new().build_hasher().finish());
+    Ok(if given.is_empty() { made() } else { given.to_owned() })
+}
+
+/// When the whole stream must be over: tonic's own timer ends with the first message. The header is a number of at most
+/// eight digits and a unit, see gRPC over HTTP/2.
+fn deadline(metadata: &MetadataMap) -> Option<Instant> {
+    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
+    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let number: u64 = number.parse().ok().filter(|number| *number < 100_000_000)?;
+    let timeout = match unit {
+        "H" => Duration::from_secs(number * 3600),
+        "M" => Duration::from_secs(number * 60),
+        "S" => Duration::from_secs(number),
+        "m" => Duration::from_millis(number),
+        "u" => Duration::from_micros(number),
+        "n" => Duration::from_nanos(number),
+        _ => return None,
+    };
+    Instant::now().checked_add(timeout)
+}

@@ -1,0 +1,127 @@
+//! Which error becomes which status. The same table, in words, opens `proto/capsieve/v1/scoring.proto`.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use capsieve_worker::{Error, StoreError};
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+/// Of every ErrorInfo.
+pub const DOMAIN: &str = "capsieve";
+/// When a worker that has no room may be asked again.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// The status of what ended a call.
+pub fn of(error: &Error) -> Status {
+    let (code, reason) = code(error);
+    let mut details = reasoned(reason);
+    if let (Code::InvalidArgument, Some(field)) = (code, field(error)) {
+        details.add_bad_request_violation(field, chain(error));
+    }
+    Status::with_error_details(code, chain(error), details)
+}
+
+/// The field of the request that an error is about.
+fn field(error: &Error) -> Option<&'static str> {
+    match error {
+        Error::Token { .. } => Some("shards.resume_tokens"),
+        Error::Sink { .. } | Error::SinkUri(_) | Error::SameObject { .. } => Some("sink.uri"),
+        Error::TooManyShards { .. } | Error::Store(_) => Some("shards.uris"),
+        _ => None,
+    }
+}
+
+/// The status with the name of the request it ends, so that its lines in the worker's log are found.
+pub(crate) fn for_request(status: Status, request_id: &str) -> Status {
+    let mut details = status.get_error_details();
+    details.set_request_info(request_id, "");
+    Status::with_error_details_and_metadata(status.code(), status.message(), details, status.metadata().clone())
+}
+
+/// The table.
+fn code(error: &Error) -> (Code, &'static str) {
+    match error {
+        Error::Store(error) | Error::SinkUri(error) => of_store(error),
+        Error::Token { .. } => (Code::InvalidArgument, "RESUME_TOKEN_INVALID"),
+        Error::Stale { .. } => (Code::FailedPrecondition, "RESUME_TOKEN_STALE"),
+        Error::HeadNotLoaded => (Code::FailedPrecondition, "HEAD_NOT_LOADED"),
+        Error::Sink { .. } | Error::SameObject { .. } => (Code::InvalidArgument, "SINK_INVALID"),
+        Error::TooManyShards { .. } => (Code::InvalidArgument, "TOO_MANY_SHARDS"),
+        Error::RowGroup { .. } => (Code::FailedPrecondition, "ROW_GROUP_TOO_LARGE"),
+        Error::Foreign { .. } => (Code::AlreadyExists, "OUTPUT_EXISTS"),
+        Error::Row { .. } => (Code::Aborted, "ROW_FAILED"),
+        Error::Scoring(_) | Error::EngineGone | Error::Engine(_) => (Code::Internal, "ENGINE_FAILED"),
+        _ => (Code::Internal, "INTERNAL"),
+    }
+}
+
+fn of_store(error: &StoreError) -> (Code, &'static str) {
+    match error {
+        StoreError::NotAllowed { .. } => (Code::PermissionDenied, "URI_NOT_ALLOWED"),
+        StoreError::Permission { .. } => (Code::PermissionDenied, "STORAGE_DENIED"),
+        StoreError::NotFound { .. } | StoreError::NoShards { .. } => (Code::NotFound, "NOT_FOUND"),
+        StoreError::NoFolder { .. } => (Code::NotFound, "OUTPUT_FOLDER_NOT_FOUND"),
+        StoreError::Uri { .. } | StoreError::UnsupportedScheme { .. } | StoreError::Folder { .. } => {
+            (Code::InvalidArgument, "URI_INVALID")
+        }
+        StoreError::TooManyShards { .. } => (Code::InvalidArgument, "TOO_MANY_SHARDS"),
+        StoreError::ThresholdWithoutHead { .. } => (Code::InvalidArgument, "THRESHOLD_WITHOUT_HEAD"),
+        StoreError::Exists { .. } => (Code::AlreadyExists, "OUTPUT_EXISTS"),
+        StoreError::Changed { .. } => (Code::Aborted, "SHARD_CHANGED"),
+        StoreError::Superseded { .. } => (Code::Aborted, "OUTPUT_SUPERSEDED"),
+        StoreError::NotParquet { .. }
+        | StoreError::Cut { .. }
+        | StoreError::Encrypted { .. }
+        | StoreError::Corrupt { .. }
+        | StoreError::Malformed { .. } => (Code::FailedPrecondition, "SHARD_UNREADABLE"),
+        StoreError::MetadataOnly { .. }
+        | StoreError::NoColumn { .. }
+        | StoreError::MissingColumn { .. }
+        | StoreError::AmbiguousColumn { .. }
+        | StoreError::ColumnType { .. } => (Code::FailedPrecondition, "SHARD_COLUMNS"),
+        StoreError::StorageFull { .. } | StoreError::Store { .. } => (Code::Unavailable, "STORAGE_FAILED"),
+        _ => (Code::Internal, "INTERNAL"),
+    }
+}
+
+/// A field of the request that cannot be.
+pub(crate) fn bad_field(field: &str, why: impl Into<String>) -> Status {
+    let why = why.into();
+    let details = ErrorDetails::with_bad_request_violation(field, why.clone());
+    Status::with_error_details(Code::InvalidArgument, format!("{field}: {why}"), details)
+}
+
+/// No room for another call.
+pub(crate) fn exhausted(why: impl Into<String>) -> Status {
+    let details = ErrorDetails::with_retry_info(Some(RETRY_AFTER));
+    Status::with_error_details(Code::ResourceExhausted, why, details)
+}
+
+/// A request that no worker takes: asking again is in vain, so nothing says when.
+pub(crate) fn too_large(why: impl Into<String>) -> Status {
+    Status::resource_exhausted(why)
+}
+
+/// A status with a reason that programs can tell apart.
+pub(crate) fn with_reason(code: Code, reason: &str, why: impl Into<String>) -> Status {
+    Status::with_error_details(code, why, reasoned(reason))
+}
+
+fn reasoned(reason: &str) -> ErrorDetails {
+    ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new())
+}
+
+/// An error and its causes in one line, each said once.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        let words = inner.to_string();
+        if !text.contains(&words) {
+            text = format!("{text}: {words}");
+        }
+        source = inner.source();
+    }
+    text.replace(['\n', '\r'], " ")
+}

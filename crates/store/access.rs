@@ -1,0 +1,118 @@
+//! What may be read and written: everything for a person at a terminal, a list of prefixes for a server.
+//!
+//! A location is checked as the object it really is: `..` and symbolic links are resolved first, and the resolved name is
+//! what is opened then. What is no regular file (a device, a pipe) is never opened for others. A hard link inside an allowed
+//! folder is inside it; who may make links there is the folder's owner's business.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::{Error, Location, Result};
+
+/// Objects that may be read and written.
+#[derive(Clone, Debug)]
+pub struct Access {
+    /// Folders without links and dots; none: everything.
+    folders: Option<Arc<[PathBuf]>>,
+}
+
+impl Access {
+    /// No limits.
+    pub fn everything() -> Self {
+        Self { folders: None }
+    }
+
+    /// Only what lies within these folders; without any, nothing.
+    ///
+    /// # Errors
+    /// A prefix that is no folder, or a scheme this build does not have.
+    pub fn only(prefixes: &[String]) -> Result<Self> {
+        let folders = prefixes.iter().map(|prefix| folder(prefix)).collect::<Result<Vec<_>>>()?;
+        Ok(Self { folders: Some(folders.into()) })
+    }
+
+    /// Whether nothing at all is allowed.
+    pub fn is_nothing(&self) -> bool {
+        self.folders.as_ref().is_some_and(|folders| folders.is_empty())
+    }
+
+    /// The object that `uri` names.
+    ///
+    /// # Errors
+    /// As [`Location::parse`], or it is not allowed.
+    pub fn open(&self, uri: &str) -> Result<Location> {
+        match &self.folders {
+            None => Location::parse(uri),
+            // Nothing about what is outside may be learnt from the answer.
+            Some(_) => self.check(Location::parse(uri).map_err(|error| self.hidden(uri, error))?),
+        }
+    }
+
+    /// What a cell of a shard names: an absolute URI, or a path relative to the shard, if there is one.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn resolve(&self, beside: Option<&Location>, reference: &str) -> Result<Location> {
+        let found = match beside {
+            Some(shard) => shard.resolve(reference),
+            None if !reference.contains("://") && Path::new(reference).is_relative() => {
+                Err(Error::Uri { uri: reference.to_owned(), reason: "there is no shard that it could be relative to" })
+            }
+            None => Location::parse(reference),
+        };
+        if self.folders.is_none() { found } else { self.check(found.map_err(|error| self.hidden(reference, error))?) }
+    }
+
+    /// The shards that `uri` names: one, or every `*.parquet` below a prefix that ends in '/', in the order of their names.
+    ///
+    /// # Errors
+    /// As [`Self::open`]; a prefix without a shard or with more than `limit`.
+    pub async fn shards(&self, uri: &str, limit: usize) -> Result<Vec<Location>> {
+        if !uri.ends_with('/') {
+            return Ok(vec![self.open(uri)?]);
+        }
+        // A name inside makes a location of the prefix.
+        let inside = self.open(&format!("{uri}shard.parquet"))?;
+        let mut found = inside.siblings(limit + 1).await?;
+        found.retain(|shard| self.check(shard.clone()).is_ok());
+        match found.len() {
+            0 => Err(Error::NoShards { uri: uri.to_owned() }),
+            count if count > limit => Err(Error::TooManyShards { uri: uri.to_owned(), limit }),
+            _ => Ok(found),
+        }
+    }
+
+    fn check(&self, location: Location) -> Result<Location> {
+        let Some(folders) = &self.folders else { return Ok(location) };
+        let denied = || Error::NotAllowed { uri: location.to_string() };
+        let file = location.as_file().ok_or_else(denied)?;
+        // Missing files keep their name: the folder's is resolved already.
+        let real = file.canonicalize().unwrap_or_else(|_| file.to_owned());
+        let inside = folders.iter().any(|folder| real != *folder && real.starts_with(folder));
+        let regular = real.symlink_metadata().map_or(true, |meta| meta.is_file() || meta.is_dir());
+        if !inside || !regular {
+            return Err(denied());
+        }
+        location.at_file(&real).ok_or_else(denied)
+    }
+
+    /// Errors that say no more than the name itself does.
+    fn hidden(&self, uri: &str, error: Error) -> Error {
+        match error {
+            Error::Uri { .. } | Error::UnsupportedScheme { .. } | Error::Folder { .. } => error,
+            _ => Error::NotAllowed { uri: uri.to_owned() },
+        }
+    }
+}
+
+fn folder(prefix: &str) -> Result<PathBuf> {
+    let bad = || Error::AllowedPrefix { prefix: prefix.to_owned() };
+    let inside = format!("{}/shard.parquet", prefix.trim_end_matches('/'));
+    let location = Location::parse(&inside).map_err(|error| match error {
+        Error::UnsupportedScheme { .. } => error,
+        _ => bad(),
+    })?;
+    let folder = location.as_file().and_then(Path::parent).ok_or_else(bad)?;
+    let real = folder.canonicalize().map_err(|_| bad())?;
+    if real.is_dir() { Ok(real) } else { Err(bad()) }
+}

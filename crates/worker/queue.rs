@@ -1,0 +1,437 @@
+//! The queue between calls and engines: rows of every call wait here, batches are filled fairly from all of them, and each
+//! row's scores go back to the chunk it came from.
+//!
+//! Fairness is deficit round robin (Shreedhar and Varghese, 1995) with pairs as the cost: each call in turn may spend
+//! [`QUANTUM_PAIRS`] more, so that a call of ten pairs waits for its turn and not for the ten million of another. A batch goes
+//! to an engine when it is full, when a row has waited for the latency bound, or when a call says that nothing more comes
+//! before its rows are scored.
+//!
+//! A call that is dropped takes its waiting rows with it. What an engine has begun is finished: at most the batch in its
+//! hands, and on a card the one behind it.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use capsieve_engine::{Batch, Heads, Info, PairScore};
+use capsieve_store::RowScore;
+use tokio::sync::{Notify, oneshot};
+
+use crate::budget::Held;
+use crate::limits::{BATCH_TOKENS, QUANTUM_PAIRS};
+use crate::prepare::{Fault, ReadyRow, row_score};
+use crate::{Error, Progress, Result};
+
+/// Rows of all calls that wait for an engine.
+pub(crate) struct Queue {
+    state: Mutex<State>,
+    /// Rows came, an engine is free, or the queue was closed.
+    changed: Condvar,
+    info: Info,
+    /// How long a row waits for others to share its batch with; none: until the batch is full or its call is in a hurry.
+    latency: Option<Duration>,
+    next_call: AtomicU64,
+    /// An engine panicked or its device is lost: nothing is scored any more.
+    broken: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    /// Calls with waiting rows; the front is the next to be served.
+    calls: VecDeque<Waiting>,
+    /// Of all calls.
+    images: usize,
+    tokens: usize,
+    /// Batches that engines have asked for.
+    wanted: usize,
+    closed: bool,
+}
+
+/// The rows of a call that wait.
+struct Waiting {
+    call: Arc<Call>,
+    rows: VecDeque<QueuedRow>,
+    /// Pairs it may still spend in this round.
+    deficit: usize,
+    /// Nothing more comes before these rows are scored.
+    hurry: bool,
+}
+
+/// A row on its way to an engine.
+pub(crate) struct QueuedRow {
+    row: ReadyRow,
+    place: Place,
+    since: Instant,
+}
+
+/// Where a row's scores go.
+struct Place {
+    chunk: Arc<Chunk>,
+    row: usize,
+}
+
+/// What a call and its rows share.
+struct Call {
+    number: u64,
+    heads: Heads,
+    progress: Progress,
+    dropped: AtomicBool,
+    /// Its waiting rows became fewer.
+    room: Notify,
+    /// Its share of the engines' time.
+    nanoseconds: AtomicU64,
+    pairs: AtomicU64,
+}
+
+/// Rows whose scores are awaited together.
+struct Chunk {
+    call: Arc<Call>,
+    open: Mutex<OpenChunk>,
+}
+
+struct OpenChunk {
+    rows: Vec<Option<RowScore>>,
+    missing: usize,
+    done: Option<oneshot::Sender<Result<Vec<RowScore>>>>,
+    /// Given back when the pixels are gone.
+    held: Held,
+}
+
+/// A batch and where its rows came from: which captions of which row of which chunk.
+pub(crate) struct Job {
+    pub(crate) batch: Batch,
+    places: Vec<(Place, Captions)>,
+}
+
+/// For each caption of a row why it is not scored, if it is not.
+type Captions = Vec<Option<&'static str>>;
+
+impl Queue {
+    pub(crate) fn new(info: Info, latency: Option<Duration>) -> Self {
+        let state = Mutex::new(State::default());
+        let (changed, next_call, broken) = (Condvar::new(), AtomicU64::new(0), Notify::new());
+        Self { state, changed, info, latency, next_call, broken }
+    }
+
+    pub(crate) fn info(&self) -> &Info {
+        &self.info
+    }
+
+    /// A call that may submit rows, until it is dropped.
+    pub(crate) fn join(self: &Arc<Self>, heads: Heads, progress: Progress) -> Share {
+        let call = Call {
+            number: self.next_call.fetch_add(1, Ordering::Relaxed),
+            heads,
+            progress,
+            dropped: AtomicBool::new(false),
+            room: Notify::new(),
+            nanoseconds: AtomicU64::new(0),
+            pairs: AtomicU64::new(0),
+        };
+        Share { queue: Arc::clone(self), call: Arc::new(call) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic in here would be a bug of ours; what it left is still a queue.
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Rows that wait, of all calls.
+    pub(crate) fn depth(&self) -> usize {
+        self.lock().images
+    }
+
+    /// An engine can take a batch.
+    pub(crate) fn want(&self, batches: usize) {
+        self.lock().wanted += batches;
+        self.changed.notify_one();
+    }
+
+    /// Ends the queue: what waits is dropped, and so are its calls' hopes. `broken`: for lack of an engine.
+    pub(crate) fn close(&self, broken: bool) {
+        let mut state = self.lock();
+        state.closed = true;
+        state.calls.clear();
+        (state.images, state.tokens) = (0, 0);
+        drop(state);
+        self.changed.notify_all();
+        if broken {
+            self.broken.notify_one();
+        }
+    }
+
+    /// Returns when an engine broke down.
+    pub(crate) async fn broke_down(&self) {
+        self.broken.notified().await;
+    }
+
+    /// Waits for a batch that an engine wants and is worth its time; none once the queue is closed.
+    pub(crate) fn next_batch(&self, spare: Batch) -> Option<Job> {
+        let mut state = self.lock();
+        loop {
+            if state.closed {
+                return None;
+            }
+            let wait = if state.wanted == 0 || state.images == 0 { None } else { Some(self.wait(&state)) };
+            state = match wait {
+                Some(Some(Duration::ZERO)) => break,
+                Some(Some(left)) => {
+                    self.changed.wait_timeout(state, left).unwrap_or_else(std::sync::PoisonError::into_inner).0
+                }
+                Some(None) | None => self.changed.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner),
+            };
+        }
+        state.wanted -= 1;
+        let rows = state.gather(self.info.images_max);
+        depth(&state);
+        drop(state);
+        Some(fill(spare, rows))
+    }
+
+    /// How long the waiting rows may still wait for others; none: until something changes.
+    fn wait(&self, state: &State) -> Option<Duration> {
+        let full = state.images >= self.info.images_max || state.tokens >= BATCH_TOKENS;
+        if full || state.calls.iter().any(|call| call.hurry) {
+            return Some(Duration::ZERO);
+        }
+        let oldest = state.calls.iter().filter_map(|call| call.rows.front()).map(|row| row.since).min()?;
+        self.latency.map(|latency| latency.saturating_sub(oldest.elapsed()))
+    }
+}
+
+fn depth(state: &State) {
+    metrics::gauge!("capsieve_queue_depth", "queue" => "engine").set(state.images as f64);
+}
+
+impl State {
+    /// Rows for one batch, in turn from all calls.
+    fn gather(&mut self, images_max: usize) -> Vec<QueuedRow> {
+        let (mut rows, mut tokens) = (Vec::with_capacity(images_max.min(self.images)), 0);
+        while rows.len() < images_max && tokens < BATCH_TOKENS {
+            let Some(mut call) = self.calls.pop_front() else { break };
+            call.deficit += QUANTUM_PAIRS;
+            while rows.len() < images_max
+                && tokens < BATCH_TOKENS
+                && let Some(row) = call.rows.pop_front_if(|row| row.row.pairs() <= call.deficit)
+            {
+                call.deficit -= row.row.pairs();
+                tokens += row.row.tokens();
+                rows.push(row);
+            }
+            call.call.room.notify_one();
+            if !call.rows.is_empty() {
+                self.calls.push_back(call);
+            }
+        }
+        self.images -= rows.len();
+        self.tokens -= tokens;
+        rows
+    }
+}
+
+fn fill(mut batch: Batch, rows: Vec<QueuedRow>) -> Job {
+    batch.clear();
+    let place = |QueuedRow { row, place, .. }: QueuedRow| {
+        batch.push_image(&row.pixels);
+        for tokens in row.captions.iter().flatten() {
+            batch.push_caption(tokens);
+        }
+        let fault = |caption: Result<_, Fault>| caption.err().map(|fault| fault.status);
+        (place, row.captions.into_iter().map(fault).collect())
+    };
+    let places = rows.into_iter().map(place).collect();
+    Job { batch, places }
+}
+
+impl Job {
+    /// Whether nobody waits for any of it.
+    pub(crate) fn in_vain(&self) -> bool {
+        self.places.iter().all(|(place, _)| place.chunk.call.dropped.load(Ordering::Relaxed))
+    }
+
+    /// Hands the scores to the rows' chunks; gives back the batch for its memory.
+    pub(crate) fn deliver(self, scores: Result<Vec<PairScore>, capsieve_engine::Error>, taken: Duration) -> Batch {
+        let Self { batch, places } = self;
+        let scores = match scores {
+            Ok(scores) => scores,
+            Err(error) => {
+                let error = Arc::new(error);
+                places.iter().for_each(|(place, _)| place.chunk.fail(&error));
+                return batch;
+            }
+        };
+        let pair_nanoseconds = taken.as_nanos() as u64 / scores.len().max(1) as u64;
+        let mut scores = scores.into_iter();
+        for (place, captions) in places {
+            let score = |fault: Option<_>| fault.map_or_else(|| Ok(scores.next().expect("a score a caption")), Err);
+            let of_row: Vec<_> = captions.into_iter().map(score).collect();
+            let (call, pairs) = (&place.chunk.call, of_row.iter().flatten().count() as u64);
+            call.nanoseconds.fetch_add(pair_nanoseconds * pairs, Ordering::Relaxed);
+            call.pairs.fetch_add(pairs, Ordering::Relaxed);
+            call.progress.add_pairs(pairs);
+            metrics::counter!("capsieve_pairs_scored_total").increment(pairs);
+            if call.dropped.load(Ordering::Relaxed) {
+                metrics::counter!("capsieve_pairs_wasted_total").increment(pairs);
+            }
+            let score = row_score(of_row, call.heads);
+            place.chunk.finish(place.row, score);
+        }
+        assert!(scores.next().is_none(), "a caption for each score");
+        batch
+    }
+}
+
+impl Chunk {
+    fn finish(&self, row: usize, score: RowScore) {
+        self.call.progress.add_row(score.status == "ok");
+        if score.status != "ok" {
+            metrics::counter!("capsieve_rows_failed_total", "reason" => score.status).increment(1);
+        }
+        let mut open = self.lock();
+        assert!(open.rows[row].replace(score).is_none(), "row {row} was scored twice");
+        open.missing -= 1;
+        open.end_if_done();
+    }
+
+    fn fail(&self, error: &Arc<capsieve_engine::Error>) {
+        let mut open = self.lock();
+        open.held = Held::default();
+        if let Some(done) = open.done.take() {
+            drop(done.send(Err(Error::Scoring(Arc::clone(error)))));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, OpenChunk> {
+        self.open.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+impl OpenChunk {
+    fn end_if_done(&mut self) {
+        if self.missing > 0 {
+            return;
+        }
+        self.held = Held::default();
+        if let Some(done) = self.done.take() {
+            let rows = self.rows.drain(..).map(|row| row.expect("no row is missing")).collect();
+            // Nobody listens where the call was dropped.
+            drop(done.send(Ok(rows)));
+        }
+    }
+}
+
+/// A call's place in the queue. Dropping it takes its waiting rows out.
+pub(crate) struct Share {
+    queue: Arc<Queue>,
+    call: Arc<Call>,
+}
+
+impl Share {
+    /// Queues the rows that can be scored; resolves to one score for each row. Never waits: see [`Self::room`]. `held` is
+    /// dropped with the last row's pixels.
+    pub(crate) fn submit(&self, rows: Vec<Result<ReadyRow, Fault>>, held: Held) -> Scores {
+        let (done, scores) = oneshot::channel();
+        let (call, count, since) = (&self.call, rows.len(), Instant::now());
+        let open = OpenChunk { rows: vec![None; count], missing: count, done: Some(done), held };
+        let chunk = Arc::new(Chunk { call: Arc::clone(call), open: Mutex::new(open) });
+        let mut ready = VecDeque::with_capacity(count);
+        for (row, prepared) in rows.into_iter().enumerate() {
+            let place = Place { chunk: Arc::clone(&chunk), row };
+            match prepared {
+                Ok(row) => ready.push_back(QueuedRow { row, place, since }),
+                Err(fault) => chunk.finish(row, fault.into_row()),
+            }
+        }
+        chunk.lock().end_if_done();
+        if !ready.is_empty() {
+            self.enqueue(ready);
+        }
+        Scores(scores)
+    }
+
+    fn enqueue(&self, rows: VecDeque<QueuedRow>) {
+        let mut state = self.queue.lock();
+        if state.closed {
+            return;
+        }
+        state.images += rows.len();
+        state.tokens += rows.iter().map(|row| row.row.tokens()).sum::<usize>();
+        match state.calls.iter_mut().find(|waiting| waiting.call.number == self.call.number) {
+            Some(waiting) => {
+                waiting.rows.extend(rows);
+                waiting.hurry = false;
+            }
+            None => {
+                let call = Arc::clone(&self.call);
+                state.calls.push_back(Waiting { call, rows, deficit: 0, hurry: false });
+            }
+        }
+        depth(&state);
+        drop(state);
+        self.queue.changed.notify_one();
+    }
+
+    /// Most images of a batch.
+    pub(crate) fn images_max(&self) -> usize {
+        self.queue.info.images_max
+    }
+
+    /// Whether less than a batch of this call waits.
+    pub(crate) fn has_room(&self) -> bool {
+        let state = self.queue.lock();
+        let waiting = state.calls.iter().find(|waiting| waiting.call.number == self.call.number);
+        waiting.is_none_or(|waiting| {
+            let tokens = || waiting.rows.iter().map(|row| row.row.tokens()).sum::<usize>();
+            waiting.rows.len() < self.queue.info.images_max && tokens() < BATCH_TOKENS
+        })
+    }
+
+    /// Returns when rows of this call were taken since the last time.
+    pub(crate) async fn room(&self) {
+        self.call.room.notified().await;
+    }
+
+    /// Nothing more comes before the waiting rows are scored: they need not wait for others.
+    pub(crate) fn hurry(&self) {
+        let mut state = self.queue.lock();
+        if let Some(waiting) = state.calls.iter_mut().find(|waiting| waiting.call.number == self.call.number) {
+            waiting.hurry = true;
+            drop(state);
+            self.queue.changed.notify_one();
+        }
+    }
+
+    /// Seconds of the engines that went into this call's pairs, and their number.
+    pub(crate) fn spent(&self) -> (f64, u64) {
+        let nanoseconds = self.call.nanoseconds.load(Ordering::Relaxed);
+        (nanoseconds as f64 * 1e-9, self.call.pairs.load(Ordering::Relaxed))
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.call.dropped.store(true, Ordering::Relaxed);
+        let mut state = self.queue.lock();
+        let place = state.calls.iter().position(|waiting| waiting.call.number == self.call.number);
+        if let Some(waiting) = place.and_then(|place| state.calls.remove(place)) {
+            state.images -= waiting.rows.len();
+            state.tokens -= waiting.rows.iter().map(|row| row.row.tokens()).sum::<usize>();
+        }
+        depth(&state);
+    }
+}
+
+/// The scores of a chunk, once all of its rows have theirs.
+pub(crate) struct Scores(oneshot::Receiver<Result<Vec<RowScore>>>);
+
+impl Scores {
+    /// Waits for them. Errors: the engine's, or that it broke down.
+    pub(crate) async fn wait(&mut self) -> Result<Vec<RowScore>> {
+        (&mut self.0).await.unwrap_or(Err(Error::EngineGone))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+mod tests;

@@ -1,0 +1,205 @@
+//! Fair shares, latency, and what is left of a call that was dropped.
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use capsieve_engine::{Checkpoint, Precision, Scorer, SyntheticSize};
+
+use super::*;
+use crate::engine::Pool;
+
+const BOTH: Heads = Heads { itm: true, cosine: true };
+/// Long enough that nothing else happens by chance.
+const QUIET: Duration = Duration::from_millis(150);
+const TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Scores pairs by their number; waits for a word before each batch and says how many images it had.
+struct Gated {
+    info: Info,
+    word: Receiver<()>,
+    begun: Sender<usize>,
+}
+
+impl Scorer for Gated {
+    fn info(&self) -> &Info {
+        &self.info
+    }
+
+    fn score(&mut self, batch: &Batch, out: &mut Vec<PairScore>) -> Result<(), capsieve_engine::Error> {
+        self.begun.send(batch.images()).unwrap();
+        self.word.recv().unwrap();
+        out.clear();
+        out.extend((0..batch.captions()).map(|_| PairScore { itm_logits: [0.0; 2], itm: 0.5, cosine: 0.5 }));
+        Ok(())
+    }
+}
+
+/// Dropped from the top: the engine must not wait for a word that never comes.
+struct Bench {
+    go: Sender<()>,
+    begun: Receiver<usize>,
+    pool: Pool,
+}
+
+fn bench(images_max: usize, latency: Option<Duration>) -> Bench {
+    let config = Checkpoint::synthetic(SyntheticSize::Tiny, 0).config().clone();
+    let info = Info { config, device: "none".to_owned(), precision: Precision::F32, images_max, tokens_max: 512 };
+    let ((go, word), (begin, begun)) = (channel(), channel());
+    let pool = Pool::start(vec![Box::new(Gated { info, word, begun: begin })], latency, false);
+    Bench { pool, go, begun }
+}
+
+impl Bench {
+    fn join(&self) -> Share {
+        self.pool.queue().join(BOTH, Progress::default())
+    }
+
+    /// Images of the batch that an engine has begun.
+    fn batch(&self) -> usize {
+        self.begun.recv_timeout(TIMEOUT).unwrap()
+    }
+
+    fn is_idle(&self) -> bool {
+        self.begun.recv_timeout(QUIET).is_err()
+    }
+}
+
+fn rows(count: usize, captions: usize) -> Vec<Result<ReadyRow, Fault>> {
+    let row = || Ok(ReadyRow { pixels: vec![0; 64 * 64 * 3], captions: vec![Ok(vec![101, 102]); captions] });
+    (0..count).map(|_| row()).collect()
+}
+
+fn submit(share: &Share, count: usize) -> Scores {
+    share.submit(rows(count, 1), Held::default())
+}
+
+fn is_done(scores: &mut Scores) -> bool {
+    let give_up = std::time::Instant::now() + QUIET;
+    loop {
+        match scores.0.try_recv() {
+            Ok(rows) => return rows.unwrap().iter().all(|row| row.status == "ok"),
+            Err(oneshot::error::TryRecvError::Closed) => panic!("the scores are lost"),
+            Err(_) if std::time::Instant::now() > give_up => return false,
+            Err(_) => std::thread::sleep(Duration::from_millis(2)),
+        }
+    }
+}
+
+#[test]
+fn a_small_call_does_not_wait_for_a_large_one() {
+    let bench = bench(8, Some(Duration::from_secs(60)));
+    let (large, small) = (bench.join(), bench.join());
+    let _large = submit(&large, 10_000);
+    assert_eq!(bench.batch(), 8);
+    let mut scores = submit(&small, 4);
+    bench.go.send(()).unwrap();
+    // The next batch is shared half and half.
+    assert_eq!(bench.batch(), 8);
+    bench.go.send(()).unwrap();
+    assert!(is_done(&mut scores), "the small call is done with the first batch after it came");
+    drop(large);
+    bench.go.send(()).unwrap();
+}
+
+#[test]
+fn many_calls_share_alike_whatever_their_rows_cost() {
+    let bench = bench(12, Some(Duration::from_secs(60)));
+    // The engine is busy while they come.
+    let first = bench.join();
+    let _first = submit(&first, 12);
+    bench.batch();
+    let shares: Vec<Share> = (0..3).map(|_| bench.join()).collect();
+    // A row of the first costs eight times a row of the others.
+    let _scores: Vec<Scores> = shares
+        .iter()
+        .zip([8, 1, 1])
+        .map(|(share, captions)| share.submit(rows(300, captions), Held::default()))
+        .collect();
+    for _ in 0..30 {
+        bench.go.send(()).unwrap();
+        bench.batch();
+    }
+    let pairs: Vec<u64> = shares.iter().map(|share| share.spent().1).collect();
+    let (least, most) = (*pairs.iter().min().unwrap(), *pairs.iter().max().unwrap());
+    assert!(most - least <= 3 * (QUANTUM_PAIRS as u64 + 8), "{pairs:?} pairs were scored");
+    drop(shares);
+    bench.go.send(()).unwrap();
+}
+
+#[test]
+fn rows_wait_for_company_no_longer_than_the_latency() {
+    let patient = bench(8, None);
+    let share = patient.join();
+    let mut scores = submit(&share, 3);
+    assert!(patient.is_idle(), "without a bound the batch must be full");
+    share.hurry();
+    assert_eq!(patient.batch(), 3);
+    patient.go.send(()).unwrap();
+    assert!(is_done(&mut scores));
+    let bounded = bench(8, Some(QUIET * 2));
+    let share = bounded.join();
+    let mut scores = submit(&share, 3);
+    assert!(bounded.is_idle(), "others may come");
+    assert_eq!(bounded.batch(), 3);
+    bounded.go.send(()).unwrap();
+    assert!(is_done(&mut scores));
+}
+
+#[test]
+fn a_dropped_call_costs_at_most_the_batch_that_was_begun() {
+    let bench = bench(8, Some(Duration::from_millis(1)));
+    let share = bench.join();
+    let scores = submit(&share, 1000);
+    assert_eq!(bench.batch(), 8);
+    drop((share, scores));
+    bench.go.send(()).unwrap();
+    assert!(bench.is_idle(), "what nobody waits for is not scored");
+    let queue = bench.pool.queue();
+    assert_eq!(queue.depth(), 0);
+    let (tokens, calls) = {
+        let state = queue.lock();
+        (state.tokens, state.calls.len())
+    };
+    assert_eq!((tokens, calls), (0, 0));
+    // The queue goes on.
+    let share = bench.join();
+    let mut scores = submit(&share, 2);
+    assert_eq!(bench.batch(), 2);
+    bench.go.send(()).unwrap();
+    assert!(is_done(&mut scores));
+}
+
+#[test]
+fn memory_is_given_back_with_the_last_pixels() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let (bench, budget) = (bench(2, Some(Duration::ZERO)), crate::budget::Budget::new(1 << 20));
+    let share = bench.join();
+    let held = runtime.block_on(budget.take(1 << 19));
+    let mut scores = share.submit(rows(4, 1), held);
+    for _ in 0..2 {
+        bench.batch();
+        assert_eq!(budget.free(), Some(1 << 19), "rows of the chunk still wait");
+        bench.go.send(()).unwrap();
+    }
+    assert!(is_done(&mut scores));
+    assert_eq!(budget.free(), Some(1 << 20));
+    // A dropped call gives back at once what waits.
+    let held = runtime.block_on(budget.take(1 << 20));
+    let second = share.submit(rows(4, 1), held);
+    bench.batch();
+    drop((share, second));
+    bench.go.send(()).unwrap();
+    assert!(bench.is_idle());
+    assert_eq!(budget.free(), Some(1 << 20));
+}
+
+#[test]
+fn a_score_that_is_not_a_number_is_none() {
+    let pair = |itm, cosine| Ok(PairScore { itm_logits: [0.0; 2], itm, cosine });
+    assert_eq!(row_score(vec![pair(0.5, 0.1), Err("null_caption")], BOTH).status, "ok");
+    for bad in [pair(f32::NAN, 0.1), pair(0.5, f32::INFINITY)] {
+        let row = row_score(vec![pair(0.5, 0.1), bad], BOTH);
+        assert_eq!((row.status, row.scores.len()), ("not_finite", 0));
+    }
+    // A head that is off is NaN by contract.
+    assert_eq!(row_score(vec![pair(0.5, f32::NAN)], Heads { itm: true, cosine: false }).status, "ok");
+}

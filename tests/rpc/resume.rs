@@ -1,0 +1,167 @@
+//! Calls that are cut, and go on: every row exactly once.
+
+use capsieve_rpc::v1::score_batch_response::Event;
+use tonic::Code;
+
+use super::server::{Entry, Server, Shards, call, of_chunk, of_shards, wait, with_tokens};
+use crate::support::{program, run};
+
+#[test]
+fn a_call_cut_after_any_message_goes_on_with_the_next_row() {
+    let shards = Shards::new(&[150, 1, 70]);
+    let server = Server::start(&["--allow-uri", &shards.root()]);
+    let other = Server::start(&["--allow-uri", &shards.root()]);
+    let request = of_shards(&[shards.text("in") + "/"]);
+    wait(async {
+        let (mut client, mut second) = (server.client().await, other.client().await);
+        let whole = call(&mut client, request.clone()).await;
+        let want = whole.entries();
+        assert_eq!(want.len(), 221);
+        for cut in 1..whole.events.len() {
+            let mut stream = client.score_batch(request.clone()).await.unwrap().into_inner();
+            let (mut got, mut tokens) = (Vec::<Entry>::new(), std::collections::HashMap::new());
+            for _ in 0..cut {
+                match stream.message().await.unwrap().unwrap().event.unwrap() {
+                    Event::Chunk(chunk) => {
+                        got.extend(of_chunk(&chunk));
+                        tokens.insert(chunk.shard_index, chunk.resume_token.to_vec());
+                    }
+                    Event::ShardDone(done) => drop(tokens.insert(done.shard_index, done.resume_token.to_vec())),
+                    _ => {}
+                }
+            }
+            drop(stream);
+            // On another worker, which has the same model.
+            let rest = call(&mut second, with_tokens(request.clone(), tokens.into_values().collect())).await;
+            got.extend(rest.entries());
+            assert_eq!(got.len(), want.len(), "cut after {cut} messages");
+            assert!(got.iter().zip(&want).all(|(got, want)| got.1 == want.1 && got.3 == want.3), "cut after {cut}");
+        }
+    });
+}
+
+#[test]
+fn tokens_of_other_work_are_refused() {
+    let shards = Shards::new(&[150]);
+    let server = Server::start(&["--allow-uri", &shards.root()]);
+    let other = Server::listen("synthetic:tiny:7", &["--allow-uri", &shards.root()]);
+    other.wait_for("serving");
+    let third = Server::start(&["--allow-uri", &shards.root(), "--itm-token", "enc"]);
+    let request = of_shards(&[shards.text("in/a.parquet")]);
+    wait(async {
+        let mut client = server.client().await;
+        let whole = call(&mut client, request.clone()).await;
+        let token = whole.events.iter().find_map(|event| match event {
+            Event::Chunk(chunk) => Some(chunk.resume_token.to_vec()),
+            _ => None,
+        });
+        let resumed = with_tokens(request.clone(), vec![token.unwrap()]);
+        let rest = call(&mut client, resumed.clone()).await;
+        assert!(rest.entries().len() < 150 && !rest.entries().is_empty());
+        let refused = call(&mut other.client().await, resumed.clone()).await;
+        assert_eq!(refused.status().code(), Code::FailedPrecondition, "another model");
+        let refused = call(&mut third.client().await, resumed.clone()).await;
+        assert_eq!(refused.status().code(), Code::FailedPrecondition, "another first token of the matching head");
+        let mut heads = resumed.clone();
+        heads.heads = vec![1];
+        assert_eq!(call(&mut client, heads).await.status().code(), Code::FailedPrecondition, "other heads");
+        std::fs::copy(shards.path("in/a.parquet"), shards.path("in/new.parquet")).unwrap();
+        std::fs::rename(shards.path("in/new.parquet"), shards.path("in/a.parquet")).unwrap();
+        let refused = call(&mut client, resumed).await;
+        assert_eq!(refused.status().code(), Code::FailedPrecondition, "another version of the shard");
+    });
+}
+
+/// Workers are killed and started again under a `submit`, which gives every row once.
+#[test]
+#[cfg(unix)]
+fn submit_goes_on_when_its_worker_dies() {
+    let shards = Shards::new(&[900, 300]);
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let listen = port.to_string();
+    let arguments = ["--allow-uri", &shards.root(), "--listen", &listen, "--batch-size", "1"];
+    let start = || {
+        let mut command = program();
+        // --listen of the helper comes first: clap takes the last.
+        command.args(["serve", "--model", "synthetic:tiny"]).args(arguments);
+        command.stderr(std::process::Stdio::null()).spawn().unwrap()
+    };
+    let mut worker = start();
+    let submitting = std::thread::spawn({
+        let (endpoint, input) = (format!("http://{listen}"), shards.text("in") + "/");
+        move || run(program().args(["submit", "--endpoint", &endpoint, "--input", &input, "--patience", "60"]))
+    });
+    let mut kills = 0;
+    while !submitting.is_finished() && kills < 6 {
+        std::thread::sleep(std::time::Duration::from_millis(250));
+        worker.kill().unwrap();
+        worker.wait().unwrap();
+        kills += 1;
+        worker = start();
+    }
+    let ran = submitting.join().unwrap();
+    worker.kill().unwrap();
+    worker.wait().unwrap();
+    assert_eq!(ran.code, Some(3), "{} kills: {}", kills, ran.stderr);
+    let rows: Vec<(String, u64)> = ran
+        .stdout
+        .lines()
+        .map(|line| {
+            let line: serde_json::Value = serde_json::from_str(line).unwrap();
+            (line["shard"].as_str().unwrap().to_owned(), line["row"].as_u64().unwrap())
+        })
+        .collect();
+    let mut once = rows.clone();
+    once.sort();
+    once.dedup();
+    assert_eq!((rows.len(), once.len()), (1200, 1200), "every row exactly once after {kills} kills");
+    assert!(ran.stderr.contains("1200 rows, 1028 scored, 172 without a score"), "{}", ran.stderr);
+}
+
+#[test]
+#[cfg(unix)]
+fn a_drain_lets_short_calls_end_and_cuts_long_ones_with_a_position() {
+    let shards = Shards::new(&[4000]);
+    let request = of_shards(&[shards.text("in/a.parquet")]);
+    for (timeout, finishes) in [("60", true), ("0.2", false)] {
+        let arguments = ["--allow-uri", &shards.root(), "--batch-size", "1", "--drain-timeout", timeout];
+        let mut server = Server::start(&arguments);
+        wait(async {
+            let mut client = server.client().await;
+            let mut stream = client.score_batch(request.clone()).await.unwrap().into_inner();
+            let (mut rows, mut last) = (0, Vec::new());
+            let mut ended = None;
+            loop {
+                match stream.message().await {
+                    Ok(Some(message)) => match message.event.unwrap() {
+                        Event::Chunk(chunk) => {
+                            if rows == 0 {
+                                server.signal("-TERM");
+                                server.wait_for("draining");
+                                let refused = client.score_batch(request.clone()).await.unwrap_err();
+                                assert_eq!(refused.code(), Code::Unavailable, "no new calls: {refused:?}");
+                            }
+                            rows += chunk.row.len();
+                            last = chunk.resume_token.to_vec();
+                        }
+                        Event::Summary(_) => ended = Some(true),
+                        _ => {}
+                    },
+                    Ok(None) => break,
+                    Err(status) => {
+                        assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+                        ended = Some(false);
+                        break;
+                    }
+                }
+            }
+            assert_eq!(ended, Some(finishes), "after {rows} rows");
+            if !finishes {
+                let other = Server::start(&["--allow-uri", &shards.root()]);
+                let rest = call(&mut other.client().await, with_tokens(request.clone(), vec![last])).await;
+                assert_eq!(rows + rest.entries().len(), 4000);
+            }
+        });
+        assert_eq!(server.ended(), Some(0), "{}", server.log.lock().unwrap());
+    }
+}
