@@ -82,7 +82,7 @@ impl ScoringService for Scoring {
         let opening = self.open(request, request_id.clone()).instrument(span.clone());
         let driver = opening.await.map_err(|status| {
             let _entered = span.enter();
-            stream::ended(Err(&status));
+            stream::ended(Some(&status));
             status::for_request(status, &request_id)
         })?;
         Ok(Response::new(span.in_scope(|| driver.start())))

@@ -42,7 +42,8 @@ pub(crate) fn for_request(status: Status, request_id: &str) -> Status {
 /// The table.
 fn code(error: &Error) -> (Code, &'static str) {
     match error {
-        Error::Store(error) | Error::SinkUri(error) => of_store(error),
+        Error::Store(error) => of_store(error),
+        Error::SinkUri(error) => of_store(error),
         Error::Token { .. } => (Code::InvalidArgument, "RESUME_TOKEN_INVALID"),
         Error::Stale { .. } => (Code::FailedPrecondition, "RESUME_TOKEN_STALE"),
         Error::HeadNotLoaded => (Code::FailedPrecondition, "HEAD_NOT_LOADED"),

@@ -65,7 +65,7 @@ impl Driver {
         let request_id = self.request_id.clone();
         let work = async move {
             let sent = self.run(&messages).await;
-            ended(sent.as_ref().map(|()| ()));
+            ended(sent.as_ref().err());
             let end = sent.err().map(|status| status::for_request(status, &request_id));
             *at_end.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = end;
             // Only now does the client see the end.
@@ -143,11 +143,11 @@ impl Driver {
 }
 
 /// Says how a call ended, in the log and in its span.
-pub(crate) fn ended(result: Result<(), &Status>) {
+pub(crate) fn ended(status: Option<&Status>) {
     let span = Span::current();
-    let code = result.err().map_or(Code::Ok, Status::code);
+    let code = status.map_or(Code::Ok, Status::code);
     span.record("rpc.grpc.status_code", code as i32);
-    let Err(status) = result else {
+    let Some(status) = status else {
         tracing::info!("call done");
         return;
     };

@@ -367,7 +367,10 @@ fn outputs(request: &CallRequest, shards: &[Location], access: &Access) -> Resul
     if outputs.iter().collect::<HashSet<_>>().len() < outputs.len() {
         return Err(Error::Sink { reason: "two shards have the same name: call them one by one" });
     }
-    outputs.iter().try_for_each(|output| access.open(output).map(drop)).map_err(Error::SinkUri)?;
+    outputs
+        .iter()
+        .try_for_each(|output| access.open(output).map(drop))
+        .map_err(|error| Error::SinkUri(Box::new(error)))?;
     Ok(outputs)
 }
 

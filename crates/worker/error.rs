@@ -93,7 +93,7 @@ pub enum Error {
     },
     /// The call's sink is nowhere that it could be.
     #[error("the sink")]
-    SinkUri(#[source] capsieve_store::Error),
+    SinkUri(#[source] Box<capsieve_store::Error>),
     /// More shards than a call may have.
     #[error("{count} shards in one call, at most {limit} are taken: make several calls")]
     TooManyShards {
