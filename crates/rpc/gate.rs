@@ -88,7 +88,11 @@ fn read(path: &Path) -> std::io::Result<(Vec<[u8; 32]>, Option<SystemTime>)> {
         return Err(std::io::Error::other("too large for a file of tokens"));
     }
     let text = std::fs::read_to_string(path)?;
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let lines = text
+        .trim_start_matches('\u{feff}')
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.starts_with('#'));
     let hashes: Vec<[u8; 32]> = lines.map(|token| Sha256::digest(token).into()).collect();
     if hashes.is_empty() {
         return Err(std::io::Error::other("it holds no token: one a line is expected"));

@@ -68,6 +68,11 @@ fn describe() {
     metrics::describe_gauge!("capsieve_queue_depth", "rows that wait for an engine");
     metrics::describe_gauge!("capsieve_calls_in_flight", "calls that run");
     metrics::describe_gauge!("capsieve_build_info", "1, with what is served");
+    // There from the start: a rate over what is missing is no number.
+    metrics::counter!("capsieve_pairs_scored_total").increment(0);
+    metrics::counter!("capsieve_pairs_wasted_total").increment(0);
+    metrics::gauge!("capsieve_calls_in_flight").set(0.0);
+    metrics::gauge!("capsieve_queue_depth", "queue" => "engine").set(0.0);
 }
 
 /// What is served.

@@ -11,8 +11,9 @@ use crate::v1::score_batch_request::Source as Given;
 /// Bytes of a key and of a request id at most.
 const KEY_BYTES_MAX: usize = 4096;
 const REQUEST_ID_BYTES_MAX: usize = 256;
-/// URIs and tokens of a request at most.
+/// URIs of a request at most, and tokens: one for each shard.
 const URIS_MAX: usize = 10_000;
+const TOKENS_MAX: usize = 100_000;
 /// Bytes of a URI at most.
 const URI_BYTES_MAX: usize = 4096;
 
@@ -113,6 +114,9 @@ fn shards(given: v1::ParquetShards) -> Result<Source, Status> {
     }
     for (i, uri) in given.uris.iter().enumerate() {
         check_uri(&format!("shards.uris[{i}]"), uri)?;
+    }
+    if given.resume_tokens.len() > TOKENS_MAX {
+        return Err(bad_field("shards.resume_tokens", format!("at most {TOKENS_MAX}: make several calls")));
     }
     let name = |name: String| (!name.is_empty()).then_some(name);
     let v1::ColumnMapping { image, caption, key } = given.columns.unwrap_or_default();

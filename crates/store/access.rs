@@ -107,6 +107,10 @@ impl Access {
 
 fn folder(prefix: &str) -> Result<PathBuf> {
     let bad = || Error::AllowedPrefix { prefix: prefix.to_owned() };
+    // Nothing is no folder, though the root's name is nothing and a slash: a variable that is set to nothing opens nothing.
+    if prefix.trim().is_empty() {
+        return Err(bad());
+    }
     let inside = format!("{}/shard.parquet", prefix.trim_end_matches('/'));
     let location = Location::parse(&inside).map_err(|error| match error {
         Error::UnsupportedScheme { .. } => error,

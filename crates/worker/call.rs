@@ -138,10 +138,12 @@ impl Call {
             }
             for token in given {
                 let position = Position::decode(token)?;
-                if !shards.iter().any(|shard| shard.to_string() == position.uri) {
+                if !names.contains(&position.uri) {
                     return Err(Error::Token { reason: "its shard is none of the call's" });
                 }
-                tokens.insert(position.uri.clone(), position);
+                if tokens.insert(position.uri.clone(), position).is_some() {
+                    return Err(Error::Token { reason: "two tokens name one shard: send the last one" });
+                }
             }
         }
         let outputs = outputs(&request, &shards, worker.access())?;

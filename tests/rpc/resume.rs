@@ -55,13 +55,16 @@ fn tokens_of_other_work_are_refused() {
             Event::Chunk(chunk) => Some(chunk.resume_token.to_vec()),
             _ => None,
         });
-        let resumed = with_tokens(request.clone(), vec![token.unwrap()]);
+        let whole_token = token.unwrap();
+        let resumed = with_tokens(request.clone(), vec![whole_token.clone()]);
         let rest = call(&mut client, resumed.clone()).await;
         assert!(rest.entries().len() < 150 && !rest.entries().is_empty());
         let refused = call(&mut other.client().await, resumed.clone()).await;
         assert_eq!(refused.status().code(), Code::FailedPrecondition, "another model");
         let refused = call(&mut third.client().await, resumed.clone()).await;
         assert_eq!(refused.status().code(), Code::FailedPrecondition, "another first token of the matching head");
+        let twice = with_tokens(request.clone(), vec![whole_token.clone(), whole_token.clone()]);
+        assert_eq!(call(&mut client, twice).await.status().code(), Code::InvalidArgument, "two tokens of one shard");
         let mut heads = resumed.clone();
         heads.heads = vec![1];
         assert_eq!(call(&mut client, heads).await.status().code(), Code::FailedPrecondition, "other heads");

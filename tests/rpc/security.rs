@@ -333,6 +333,9 @@ fn settings_that_protect_nothing_are_errors() {
         (&["--token-file", &none], "No such file"),
         (&["--tls-cert", &empty, "--tls-key", &empty], "empty"),
         (&["--allow-uri", &empty], "expected a folder"),
+        (&["--allow-uri", ""], "expected a folder"),
+        (&["--allow-uri", " "], "expected a folder"),
+        (&["--allow-uri", &format!("{},", shards.root())], "expected a folder"),
         (&["--allow-uri", "s3://bucket/"], "s3"),
     ] {
         let ran = serve(arguments);
