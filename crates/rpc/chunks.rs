@@ -24,45 +24,57 @@ impl Format {
     }
 }
 
-/// The chunks of some rows, in order.
-pub(crate) fn chunks(scored: ScoredRows, format: Format) -> Vec<v1::ScoreChunk> {
-    let ScoredRows { shard, first_row, first_caption, keys, rows, position } = scored;
-    let token = |row, caption| position.as_ref().map(|position| position.token(row, caption)).unwrap_or_default();
-    let mut builder = Builder { format, shard: u32::try_from(shard).unwrap_or(u32::MAX), bytes: 0, chunks: Vec::new() };
-    for (i, scores) in rows.iter().enumerate() {
-        let row = first_row + i as u64;
-        let key = keys.as_ref().map(|keys| keys[i].as_str());
-        // Captions that an earlier call has sent.
-        let sent = if i == 0 { first_caption } else { 0 };
-        for entry in entries(scores).skip(usize::try_from(sent).unwrap_or(usize::MAX)) {
-            builder.add(row, key, &entry, &token);
+/// The chunks of some rows, in order, made one at a time: a row may have thousands of captions, each with its key.
+pub(crate) fn chunks(scored: &ScoredRows, format: Format) -> impl Iterator<Item = v1::ScoreChunk> {
+    let mut entries = all(scored).peekable();
+    let token = |row, caption| scored.position.as_ref().map(|position| position.token(row, caption)).unwrap_or_default();
+    std::iter::from_fn(move || {
+        let mut builder = Builder::new(scored.shard, format);
+        while let Some(entry) = entries.next_if(|entry| builder.takes(entry)) {
+            builder.add(entry);
         }
-    }
-    let mut chunks = builder.chunks;
-    if let Some(last) = chunks.last_mut() {
-        last.resume_token = token(first_row + rows.len() as u64, 0).into();
-    }
-    chunks
+        let end = (scored.first_row + scored.rows.len() as u64, 0);
+        let (row, caption) = entries.peek().map_or(end, |next| (next.row, next.caption));
+        (!builder.chunk.row.is_empty())
+            .then(|| v1::ScoreChunk { resume_token: token(row, caption).into(), ..builder.chunk })
+    })
+}
+
+/// The entries of all rows but those that an earlier call has sent.
+fn all(scored: &ScoredRows) -> impl Iterator<Item = Entry<'_>> {
+    scored.rows.iter().enumerate().flat_map(|(i, scores)| {
+        let key = scored.keys.as_ref().map(|keys| keys[i].as_str());
+        let sent = if i == 0 { scored.first_caption } else { 0 };
+        entries(scored.first_row + i as u64, key, scores, sent)
+    })
 }
 
 /// A caption's scores, or why there are none.
 struct Entry<'a> {
+    row: u64,
     caption: u64,
+    key: Option<&'a str>,
     itm: Option<f32>,
     cosine: Option<f32>,
     error: Option<(&'a str, &'a str)>,
 }
 
-/// The entries of a row: one for each caption, or one that says why there are no scores.
-fn entries(row: &RowScore) -> impl Iterator<Item = Entry<'_>> {
-    let failed = row.scores.is_empty().then(|| Entry {
-        caption: 0,
+/// The entries of a row from caption `sent` on: one for each caption, or one that says why there are no scores.
+fn entries<'a>(row: u64, key: Option<&'a str>, scored: &'a RowScore, sent: u64) -> impl Iterator<Item = Entry<'a>> {
+    // Stands for all captions that were not sent: an earlier call may have had scores for some, and this one has none.
+    let failed = scored.scores.is_empty().then(|| Entry {
+        row,
+        caption: sent,
+        key,
         itm: None,
         cosine: None,
-        error: Some((row.status, row.error.as_deref().unwrap_or_default())),
+        error: Some((scored.status, cut(scored.error.as_deref().unwrap_or_default()))),
     });
-    let of_captions = row.scores.iter().enumerate().map(|(i, score)| Entry {
+    let sent = usize::try_from(sent).unwrap_or(usize::MAX);
+    let of_captions = scored.scores.iter().enumerate().skip(sent).map(move |(i, score)| Entry {
+        row,
         caption: i as u64,
+        key,
         itm: score.itm,
         cosine: score.cosine,
         error: score.fault.map(|status| (status, "")),
@@ -70,33 +82,38 @@ fn entries(row: &RowScore) -> impl Iterator<Item = Entry<'_>> {
     failed.into_iter().chain(of_captions)
 }
 
+impl Entry<'_> {
+    /// Encoded, at most.
+    fn bytes(&self) -> usize {
+        let words = |(status, message): (&str, &str)| status.len() + message.len() + 16;
+        ENTRY_BYTES + self.key.map_or(0, |key| key.len() + 6) + self.error.map_or(0, words)
+    }
+}
+
 struct Builder {
     format: Format,
-    shard: u32,
-    /// Of the chunk that is built.
     bytes: usize,
-    chunks: Vec<v1::ScoreChunk>,
+    chunk: v1::ScoreChunk,
 }
 
 impl Builder {
-    fn add(&mut self, row: u64, key: Option<&str>, entry: &Entry<'_>, token: &impl Fn(u64, u64) -> Vec<u8>) {
-        let error = entry.error.map(|(status, message)| (status, cut(message)));
-        let words = |(status, message): &(&str, &str)| status.len() + message.len() + 16;
-        let bytes = ENTRY_BYTES + key.map_or(0, |key| key.len() + 6) + error.as_ref().map_or(0, words);
-        if self.chunks.is_empty() || self.bytes + bytes > CHUNK_BYTES_MAX {
-            if let Some(full) = self.chunks.last_mut() {
-                full.resume_token = token(row, entry.caption).into();
-            }
-            self.chunks.push(v1::ScoreChunk { shard_index: self.shard, ..v1::ScoreChunk::default() });
-            self.bytes = 0;
-        }
-        self.bytes += bytes;
-        let chunk = self.chunks.last_mut().expect("one was just made");
-        if let Some((status, message)) = error {
+    fn new(shard: usize, format: Format) -> Self {
+        let shard_index = u32::try_from(shard).unwrap_or(u32::MAX);
+        Self { format, bytes: 0, chunk: v1::ScoreChunk { shard_index, ..v1::ScoreChunk::default() } }
+    }
+
+    fn takes(&self, entry: &Entry<'_>) -> bool {
+        self.bytes + entry.bytes() <= CHUNK_BYTES_MAX
+    }
+
+    fn add(&mut self, entry: Entry<'_>) {
+        self.bytes += entry.bytes();
+        let chunk = &mut self.chunk;
+        if let Some((status, message)) = entry.error {
             let index = u32::try_from(chunk.row.len()).expect("a chunk has less than 2 MiB");
             chunk.errors.push(v1::RowError { index, status: status.to_owned(), message: message.to_owned() });
         }
-        chunk.row.push(row);
+        chunk.row.push(entry.row);
         chunk.caption.push(u32::try_from(entry.caption).unwrap_or(u32::MAX));
         if self.format.heads.itm {
             chunk.itm_score.push(entry.itm.unwrap_or(f32::NAN));
@@ -109,7 +126,7 @@ impl Builder {
             let passes = |score: Option<f32>, least: Option<f32>| least.is_none_or(|l| score.is_some_and(|s| s >= l));
             chunk.keep.push(passes(entry.itm, min_itm) && passes(entry.cosine, min_cosine));
         }
-        if let Some(key) = key {
+        if let Some(key) = entry.key {
             chunk.key.push(key.to_owned());
         }
     }
@@ -123,6 +140,7 @@ fn cut(message: &str) -> &str {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 mod tests {
+    use capsieve_worker::{CaptionScore, Ticket};
     use prost::Message;
 
     use super::*;
@@ -136,13 +154,16 @@ mod tests {
         RowScore { status: "decode_failed", error: Some(message.to_owned()), scores: Vec::new() }
     }
 
+    fn scored(rows: Vec<RowScore>, keys: Option<Vec<String>>, first_caption: u64) -> ScoredRows {
+        ScoredRows { shard: 3, first_row: 7, first_caption, keys, rows, position: None, ticket: Ticket::free() }
+    }
+
     #[test]
     fn chunks_stay_below_their_limit_and_lose_no_row() {
         for (key, message) in [(4096, 5000), (0, 0), (4096, 0), (3, 1024)] {
             let rows = vec![failed(&"é".repeat(message / 2)); 2000];
             let keys = Some(vec!["k".repeat(key); 2000]);
-            let scored = ScoredRows { shard: 3, first_row: 7, first_caption: 0, keys, rows, position: None };
-            let chunks = chunks(scored, FORMAT);
+            let chunks: Vec<_> = chunks(&scored(rows, keys, 0), FORMAT).collect();
             assert!(chunks.iter().all(|chunk| chunk.encoded_len() <= 2 << 20));
             let rows: Vec<u64> = chunks.iter().flat_map(|chunk| chunk.row.clone()).collect();
             assert_eq!(rows, (7..2007).collect::<Vec<_>>());
@@ -152,5 +173,28 @@ mod tests {
                 assert!(chunk.itm_score.iter().all(|score| score.is_nan()) && !chunk.keep.contains(&true));
             }
         }
+    }
+
+    #[test]
+    fn captions_that_were_sent_are_not_sent_again() {
+        let score = CaptionScore { itm: Some(0.5), cosine: Some(0.25), fault: None };
+        let row = |captions| RowScore { status: "ok", error: None, scores: vec![score; captions] };
+        let places = |rows, sent| -> Vec<(u64, u32)> {
+            let chunks = chunks(&scored(rows, None, sent), FORMAT).collect::<Vec<_>>();
+            chunks.iter().flat_map(|chunk| chunk.row.iter().copied().zip(chunk.caption.iter().copied())).collect()
+        };
+        assert_eq!(places(vec![row(3), row(2)], 2), [(7, 2), (8, 0), (8, 1)]);
+        // The row had scores when its first captions were sent; what fails now stands for the others.
+        assert_eq!(places(vec![failed("gone"), row(1)], 2), [(7, 2), (8, 0)]);
+    }
+
+    #[test]
+    fn a_row_of_many_captions_is_cut_between_them() {
+        let score = CaptionScore { itm: Some(0.5), cosine: None, fault: None };
+        let rows = vec![RowScore { status: "ok", error: None, scores: vec![score; 4096] }];
+        let chunks: Vec<_> = chunks(&scored(rows, Some(vec!["k".repeat(4096)]), 0), FORMAT).collect();
+        assert!(chunks.len() > 8 && chunks.iter().all(|chunk| chunk.encoded_len() <= 2 << 20));
+        let captions: Vec<u32> = chunks.iter().flat_map(|chunk| chunk.caption.clone()).collect();
+        assert_eq!(captions, (0..4096).collect::<Vec<_>>());
     }
 }

@@ -11,9 +11,9 @@ use crate::v1::score_batch_request::Source as Given;
 /// Bytes of a key and of a request id at most.
 const KEY_BYTES_MAX: usize = 4096;
 const REQUEST_ID_BYTES_MAX: usize = 256;
-/// URIs of a request at most, and tokens: one for each shard.
-const URIS_MAX: usize = 10_000;
-const TOKENS_MAX: usize = 100_000;
+/// URIs of a request at most, and tokens: one for each shard that a call may have.
+const URIS_MAX: usize = capsieve_worker::limits::SHARDS_MAX;
+const TOKENS_MAX: usize = capsieve_worker::limits::SHARDS_MAX;
 /// Bytes of a URI at most.
 const URI_BYTES_MAX: usize = 4096;
 

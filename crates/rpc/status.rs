@@ -26,7 +26,7 @@ pub fn of(error: &Error) -> Status {
 fn field(error: &Error) -> Option<&'static str> {
     match error {
         Error::Token { .. } => Some("shards.resume_tokens"),
-        Error::Sink { .. } | Error::SinkUri(_) | Error::SameObject { .. } => Some("sink.uri"),
+        Error::Sink { .. } | Error::SinkUri(_) | Error::SinkInside { .. } | Error::SameObject { .. } => Some("sink.uri"),
         Error::TooManyShards { .. } | Error::Store(_) => Some("shards.uris"),
         _ => None,
     }
@@ -47,11 +47,13 @@ fn code(error: &Error) -> (Code, &'static str) {
         Error::Token { .. } => (Code::InvalidArgument, "RESUME_TOKEN_INVALID"),
         Error::Stale { .. } => (Code::FailedPrecondition, "RESUME_TOKEN_STALE"),
         Error::HeadNotLoaded => (Code::FailedPrecondition, "HEAD_NOT_LOADED"),
-        Error::Sink { .. } | Error::SameObject { .. } => (Code::InvalidArgument, "SINK_INVALID"),
+        Error::Sink { .. } | Error::SinkInside { .. } | Error::SameObject { .. } => {
+            (Code::InvalidArgument, "SINK_INVALID")
+        }
         Error::TooManyShards { .. } => (Code::InvalidArgument, "TOO_MANY_SHARDS"),
         Error::RowGroup { .. } => (Code::FailedPrecondition, "ROW_GROUP_TOO_LARGE"),
         Error::Foreign { .. } => (Code::AlreadyExists, "OUTPUT_EXISTS"),
-        Error::Row { .. } => (Code::Aborted, "ROW_FAILED"),
+        Error::Row { .. } | Error::RowsFailed { .. } => (Code::Aborted, "ROW_FAILED"),
         Error::Scoring(_) | Error::EngineGone | Error::Engine(_) => (Code::Internal, "ENGINE_FAILED"),
         _ => (Code::Internal, "INTERNAL"),
     }

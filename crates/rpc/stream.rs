@@ -24,6 +24,9 @@ use crate::{status, v1};
 /// Messages that wait for the client, of at most 2 MiB each.
 const MESSAGES: usize = 2;
 
+/// Bytes of the shards' names in a message; what is longer goes on in another one.
+const SHARDS_BYTES_MAX: usize = 1 << 20;
+
 /// What a call's task works with.
 pub(crate) struct Driver {
     pub(crate) started: v1::ScoreStarted,
@@ -99,7 +102,9 @@ impl Driver {
 
     async fn send_all(&mut self, messages: &Sender<v1::ScoreBatchResponse>) -> Result<(), Status> {
         let begun = Instant::now();
-        send(messages, Message::Started(std::mem::take(&mut self.started))).await?;
+        for started in started(std::mem::take(&mut self.started)) {
+            send(messages, Message::Started(started)).await?;
+        }
         let (mut summary, mut ticks) = (v1::ScoreSummary::default(), tokio::time::interval(self.interval));
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         ticks.tick().await;
@@ -109,7 +114,7 @@ impl Driver {
                     None => break,
                     Some(Err(error)) => return Err(status::of(&error)),
                     Some(Ok(Event::Rows(rows))) => {
-                        for chunk in chunks(rows, self.format) {
+                        for chunk in chunks(&rows, self.format) {
                             send(messages, Message::Chunk(chunk)).await?;
                         }
                     }
@@ -168,6 +173,20 @@ async fn expired(deadline: Option<Instant>) {
 async fn send(messages: &Sender<v1::ScoreBatchResponse>, event: Message) -> Result<(), Status> {
     let message = v1::ScoreBatchResponse { event: Some(event) };
     messages.send(message).await.map_err(|_| Status::cancelled("the client is gone"))
+}
+
+/// The message that a call was accepted, or several where the list of shards is long.
+fn started(whole: v1::ScoreStarted) -> Vec<v1::ScoreStarted> {
+    let (mut parts, mut bytes) = (vec![v1::ScoreStarted { shards: Vec::new(), ..whole.clone() }], 0);
+    for shard in whole.shards {
+        bytes += shard.len() + 6;
+        if bytes > SHARDS_BYTES_MAX {
+            parts.push(v1::ScoreStarted { shards: Vec::new(), ..parts[0].clone() });
+            bytes = shard.len() + 6;
+        }
+        parts.last_mut().expect("it begins with one").shards.push(shard);
+    }
+    parts
 }
 
 fn shard_done(done: ShardDone) -> v1::ShardDone {

@@ -68,18 +68,39 @@ impl Access {
     /// # Errors
     /// As [`Self::open`]; a prefix without a shard or with more than `limit`.
     pub async fn shards(&self, uri: &str, limit: usize) -> Result<Vec<Location>> {
+        let (access, name) = (self.clone(), uri.to_owned());
+        // Names are resolved link by link, with calls of the system that block.
+        let inside = blocking(move || match name.ends_with('/') {
+            true => access.inside(&name),
+            false => access.open(&name),
+        });
+        let inside = inside.await?;
         if !uri.ends_with('/') {
-            return Ok(vec![self.open(uri)?]);
+            return Ok(vec![inside]);
         }
-        // A name inside makes a location of the prefix.
-        let inside = self.open(&format!("{uri}shard.parquet"))?;
-        let mut found = inside.siblings(limit + 1).await?;
-        found.retain(|shard| self.check(shard.clone()).is_ok());
+        let (access, mut found) = (self.clone(), inside.siblings(limit + 1).await?);
+        let found = blocking(move || {
+            found.retain(|shard| access.check(shard.clone()).is_ok());
+            found
+        });
+        let found = found.await;
         match found.len() {
             0 => Err(Error::NoShards { uri: uri.to_owned() }),
             count if count > limit => Err(Error::TooManyShards { uri: uri.to_owned(), limit }),
             _ => Ok(found),
         }
+    }
+
+    /// Whether an object lies below a prefix that ends in '/', however both are spelt.
+    pub fn is_below(&self, object: &Location, prefix: &str) -> bool {
+        let inside = self.inside(prefix).ok();
+        let folder = inside.as_ref().and_then(Location::as_file).and_then(Path::parent);
+        object.as_file().zip(folder).is_some_and(|(file, folder)| file.starts_with(folder))
+    }
+
+    /// A name inside makes a location of a prefix.
+    fn inside(&self, prefix: &str) -> Result<Location> {
+        self.open(&format!("{prefix}shard.parquet"))
     }
 
     fn check(&self, location: Location) -> Result<Location> {
@@ -119,4 +140,9 @@ fn folder(prefix: &str) -> Result<PathBuf> {
     let folder = location.as_file().and_then(Path::parent).ok_or_else(bad)?;
     let real = folder.canonicalize().map_err(|_| bad())?;
     if real.is_dir() { Ok(real) } else { Err(bad()) }
+}
+
+/// Runs what blocks on a thread for such work.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
 }

@@ -17,6 +17,9 @@ use crate::{Error, Result};
 /// Schemes that belong to a store this build does not have; others are spelling mistakes.
 const PLANNED: [&str; 11] = ["s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "adl", "http", "https"];
 
+/// Bytes of a file's name at most, on every common file system.
+const NAME_BYTES_MAX: usize = 255;
+
 /// One object: where it is and how to reach it. Displays as the user gave it.
 #[derive(Clone)]
 pub struct Location {
@@ -56,6 +59,9 @@ impl Location {
             }
             Some(_) => return Err(bad("its scheme is unknown, expected a path or file://")),
         };
+        if path.components().any(|part| part.as_os_str().len() > NAME_BYTES_MAX) {
+            return Err(bad("a part of it is longer than any file system's names"));
+        }
         if uri.ends_with('/') || path.file_name().is_none() {
             return Err(Error::Folder { uri: uri.trim_end_matches('/').to_owned() });
         }
@@ -142,6 +148,14 @@ impl Location {
         self.file.as_deref()
     }
 
+    /// Names the object: two spellings of one path have the same.
+    pub fn identity(&self) -> String {
+        match &self.file {
+            Some(file) => file.canonicalize().unwrap_or_else(|_| file.clone()).display().to_string(),
+            None => format!("{} {}", self.store, self.path),
+        }
+    }
+
     /// Whether both are one object, also through symbolic or hard links and other spellings of a path.
     pub fn same_object(&self, other: &Self) -> bool {
         match (&self.file, &other.file) {
@@ -175,16 +189,24 @@ impl Location {
         Ok(ObjectInfo { size: meta.size, e_tag: meta.e_tag, modified: meta.last_modified.into() })
     }
 
-    /// The whole object, when it has at most `bytes_max` bytes.
+    /// Size, entity tag and time, when the object has at most `bytes_max` bytes.
     ///
     /// # Errors
-    /// When it cannot be read or is larger; a larger one is not read.
-    pub async fn get(&self, bytes_max: u64) -> Result<Bytes> {
+    /// As [`Self::head`], or it is larger.
+    pub async fn head_within(&self, bytes_max: u64) -> Result<ObjectInfo> {
         let info = self.head().await?;
         if info.size > bytes_max {
             return Err(Error::TooLarge { uri: self.uri.clone(), size: info.size, limit: bytes_max });
         }
-        self.get_range(0..info.size, info.e_tag.as_deref()).await
+        Ok(info)
+    }
+
+    /// The whole object in this version.
+    ///
+    /// # Errors
+    /// When it cannot be read, or was replaced meanwhile.
+    pub async fn get(&self, version: &ObjectInfo) -> Result<Bytes> {
+        self.get_range(0..version.size, version.e_tag.as_deref()).await
     }
 
     /// Bytes of the version that `e_tag` names; another version is [`Error::Changed`], never a mix of both.

@@ -71,13 +71,7 @@ impl ShardReader {
     /// All rows in order, in batches of at most `batch_rows` rows, fewer where rows are large. Holds the compressed
     /// pages of one row group at a time, and reads the next one only when the caller asks. Ends after the first error.
     pub fn into_stream(self, batch_rows: usize) -> impl Stream<Item = Result<RecordBatch>> + Send {
-        self.into_stream_from(0, batch_rows)
-    }
-
-    /// The same from row `first` on; row groups before it are not read.
-    pub fn into_stream_from(self, first: u64, batch_rows: usize) -> impl Stream<Item = Result<RecordBatch>> + Send {
-        let batches = Batches { rows: first.min(self.rows()), ..self.into_batches(batch_rows) };
-        futures::stream::try_unfold(batches, |mut batches| async move {
+        futures::stream::try_unfold(self.into_batches(batch_rows), |mut batches| async move {
             let batch = batches.next().await?;
             Ok(batch.map(|batch| (batch, batches)))
         })
@@ -87,6 +81,16 @@ impl ShardReader {
     pub fn into_batches(self, batch_rows: usize) -> Batches {
         let batch_rows = self.footer.batch_rows(batch_rows, BATCH_BYTES_MAX);
         Batches { footer: self.footer, batch_rows, state: State::New, rows: 0 }
+    }
+
+    /// The rows from row `first` on; row groups before it are not read.
+    pub fn into_batches_from(self, first: u64, batch_rows: usize) -> Batches {
+        Batches { rows: first.min(self.rows()), ..self.into_batches(batch_rows) }
+    }
+
+    /// The shard, as the user gave it.
+    pub fn uri(&self) -> &str {
+        self.footer.location.uri()
     }
 
     /// Bytes that reading it in batches of `batch_rows` rows takes at a time: a row group as it is stored, and a batch of it.
@@ -112,6 +116,14 @@ enum State {
 }
 
 impl Batches {
+    /// Gives up the memory of the row group that is read. The next rows come as if nothing had happened, but their row group
+    /// is read again.
+    pub fn pause(&mut self) {
+        if !matches!(self.state, State::Done) {
+            self.state = State::New;
+        }
+    }
+
     /// The next rows, or none after the last one and after an error.
     ///
     /// # Errors

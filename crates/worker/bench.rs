@@ -17,6 +17,7 @@ use crate::engine::Pool;
 use crate::limits::CHUNK_ROWS;
 use crate::pipeline::{self, Images, Output, Stages};
 use crate::prepare::Preparer;
+use crate::rows::Ready;
 use crate::{CaptionPolicy, EngineChoice, Error, LoadedModel, Progress, Result, engine_options};
 
 /// Columns are found by their usual names.
@@ -244,9 +245,9 @@ async fn pipeline(
     let parts = (model.image.clone(), model.tokenizer.clone());
     let pool = Pool::start(vec![scorer], None, ahead);
     let stages = Stages {
-        batches: stream::iter(
+        input: Ready(stream::iter(
             chunks.into_iter().map(|(first, rows_of)| Ok(rows.batch(first, rows_of, bench.captions))),
-        ),
+        )),
         images: Images { beside: None, access: Access::everything() },
         preparer: Arc::new(Preparer::new(
             bench.engine.threads,

@@ -2,21 +2,22 @@
 //!
 //! Dropping the events ends the call: its rows leave the engines' queue, and what an engine has begun is the last of it.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use arrow_array::RecordBatch;
 use capsieve_engine::Heads;
-use capsieve_store::{Access, ColumnOptions, Columns, Location, RowScore, ShardReader, key_texts};
-use futures::{Stream, stream};
+use capsieve_store::{ColumnOptions, Columns, Location, ObjectInfo, RowScore, ShardReader, key_texts};
+use futures::stream;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::task::JoinHandle;
 use tracing::{Instrument, Span, field};
 
-use crate::limits::{CHUNK_ROWS, CHUNK_URIS, EVENTS, SHARDS_MAX};
+use crate::limits::chunks_max;
 use crate::pairs::{self, Pair};
-use crate::pipeline::{self, Images, Output, Scored, Stages, Totals};
-use crate::resume::{Position, request_hash};
+use crate::pipeline::{self, Images, Output, Scored, Stages, Ticket, Totals};
+use crate::plan::Plan;
+use crate::resume::Position;
+use crate::rows::{Ready, Rows, ShardRows};
 use crate::score::{Opened, open};
 use crate::service::Worker;
 use crate::{Error, Outcome, Progress, Result, ScoreJob, Thresholds};
@@ -87,6 +88,8 @@ pub struct ScoredRows {
     pub rows: Vec<RowScore>,
     /// For tokens; none for pairs that came with the call.
     pub position: Option<Arc<Position>>,
+    /// Given back, by being dropped, when the rows are sent: no more rows are read for a reader that does not take them.
+    pub ticket: Ticket,
 }
 
 /// A shard that is done.
@@ -112,9 +115,7 @@ pub struct ShardDone {
 pub struct Call {
     worker: Arc<Worker>,
     request: CallRequest,
-    shards: Vec<Location>,
-    tokens: HashMap<String, Position>,
-    outputs: Vec<String>,
+    plan: Plan,
     progress: Progress,
 }
 
@@ -125,34 +126,13 @@ impl Call {
         if (request.heads.itm && !loaded.itm) || (request.heads.cosine && !loaded.cosine) {
             return Err(Error::HeadNotLoaded);
         }
-        let (mut shards, mut tokens) = (Vec::new(), HashMap::new());
-        if let Source::Shards { uris, tokens: given, .. } = &request.source {
-            // A shard that two prefixes share is scored once.
-            let mut names = HashSet::new();
-            for uri in uris {
-                let found = worker.access().shards(uri, SHARDS_MAX).await?;
-                shards.extend(found.into_iter().filter(|shard| names.insert(shard.to_string())));
-                if shards.len() > SHARDS_MAX {
-                    return Err(Error::TooManyShards { count: shards.len(), limit: SHARDS_MAX });
-                }
-            }
-            for token in given {
-                let position = Position::decode(token)?;
-                if !names.contains(&position.uri) {
-                    return Err(Error::Token { reason: "its shard is none of the call's" });
-                }
-                if tokens.insert(position.uri.clone(), position).is_some() {
-                    return Err(Error::Token { reason: "two tokens name one shard: send the last one" });
-                }
-            }
-        }
-        let outputs = outputs(&request, &shards, worker.access())?;
-        Ok(Self { worker, request, shards, tokens, outputs, progress: Progress::default() })
+        let plan = Plan::new(&request, worker.access()).await?;
+        Ok(Self { worker, request, plan, progress: Progress::default() })
     }
 
     /// The shards, in the order they are scored.
     pub fn shards(&self) -> Vec<String> {
-        self.shards.iter().map(Location::to_string).collect()
+        self.plan.shards.iter().map(Location::to_string).collect()
     }
 
     /// Counters of the call.
@@ -162,7 +142,8 @@ impl Call {
 
     /// Begins the work.
     pub fn start(self) -> Events {
-        let (events, received) = channel(EVENTS);
+        // What waits here has tickets, which bound it.
+        let (events, received) = channel(chunks_max(self.worker.info().batch_images));
         let work = async move {
             if let Err(error) = self.run(&events).await {
                 drop(events.send(Err(error)).await);
@@ -171,125 +152,145 @@ impl Call {
         Events { received, task: Some(tokio::spawn(work.in_current_span())) }
     }
 
-    async fn run(&self, events: &Sender<Result<Event>>) -> Result<()> {
-        match &self.request.source {
-            Source::Pairs(pairs) => {
-                self.progress.start(pairs.len() as u64);
-                let batches = stream::iter(pairs::batches(pairs.clone()));
-                let images = Images { beside: None, access: self.worker.access().clone() };
-                let shard = Shard { number: 0, columns: pairs::columns(), images, first: (0, 0), position: None };
-                let totals = self.stream(shard, batches, events).instrument(shard_span("pairs")).await?;
-                self.done(events, 0, totals, None, Vec::new()).await;
-            }
-            Source::Shards { columns, .. } => {
-                for (number, shard) in self.shards.iter().enumerate() {
-                    let span = shard_span(&shard.to_string());
-                    let scoring = async {
-                        match &self.request.sink {
-                            Some(sink) => self.write_shard(number, columns, sink, events).await,
-                            None => self.stream_shard(number, columns, events).await,
-                        }
-                    };
-                    scoring.instrument(span).await?;
+    async fn run(mut self, events: &Sender<Result<Event>>) -> Result<()> {
+        if let Source::Pairs(pairs) = &mut self.request.source {
+            let pairs = std::mem::take(pairs);
+            return self.stream_pairs(pairs, events).instrument(shard_span("pairs")).await;
+        }
+        for (number, shard) in self.plan.shards.iter().enumerate() {
+            let span = shard_span(&shard.to_string());
+            let scoring = async {
+                match &self.request.sink {
+                    Some(sink) => self.write_shard(number, sink, events).await,
+                    None => self.stream_shard(number, events).await,
                 }
-            }
+            };
+            scoring.instrument(span).await?;
         }
         Ok(())
     }
 
+    /// Pairs that came with the call as events.
+    async fn stream_pairs(&self, pairs: Vec<Pair>, events: &Sender<Result<Event>>) -> Result<()> {
+        self.progress.start(pairs.len() as u64);
+        let input = Ready(stream::iter(pairs::batches(pairs)));
+        let shard = Shard { number: 0, columns: pairs::columns(), beside: None, first: (0, 0), position: None };
+        let totals = self.stream(shard, input, events).await?;
+        self.done(events, 0, totals, None, Vec::new()).await;
+        Ok(())
+    }
+
     /// The rows of a shard as events.
-    async fn stream_shard(&self, number: usize, columns: &ColumnOptions, events: &Sender<Result<Event>>) -> Result<()> {
-        let location = &self.shards[number];
-        let reader = ShardReader::open(location, columns).await?;
-        let uri = location.to_string();
-        let ScoreJob { itm_token, policy, .. } = self.worker.job();
-        let (heads, thresholds) = (self.request.heads, self.request.thresholds);
-        let options = format!("{columns:?} {heads:?} {thresholds:?} {itm_token:?} {policy:?}");
-        let model = &self.worker.info().hash;
-        let start = Position::start(&request_hash(&options), model, &uri, reader.object_info());
-        let at = self.tokens.get(&uri).map_or_else(|| Ok(start.clone()), |token| start.resume(token))?;
-        let e_tag = reader.object_info().e_tag.clone();
+    async fn stream_shard(&self, number: usize, events: &Sender<Result<Event>>) -> Result<()> {
+        let location = &self.plan.shards[number];
+        let reader = ShardReader::open(location, self.columns()).await?;
+        let start = self.position(location, reader.object_info(), None);
+        let at = self.resumed(&start)?;
+        let (rows, e_tag) = (reader.rows(), reader.object_info().e_tag.clone());
+        if at.row > rows {
+            return Err(Error::Token { reason: "it points beyond the last row of its shard" });
+        }
         if at.done {
             let (output, errors, token) = (None, BTreeMap::new(), at.done_token(at.row));
             let done = ShardDone { shard: number, output, skipped: true, rows: 0, errors, e_tag, token };
             drop(events.send(Ok(Event::ShardDone(done))).await);
             return Ok(());
         }
-        let (rows, columns) = (reader.rows(), reader.columns().clone());
-        self.progress.start(rows.saturating_sub(at.row));
-        let images = Images { beside: Some(location.clone()), access: self.worker.access().clone() };
-        // Images of addresses may each be large: fewer travel together.
-        let chunk_rows = if columns.image_kind == capsieve_store::ImageKind::Uri { CHUNK_URIS } else { CHUNK_ROWS };
-        let _held = self.worker.hold_row_group(&uri, reader.reading_bytes(chunk_rows)).await?;
-        let batches = reader.into_stream_from(at.row, chunk_rows);
-        let (first, position) = ((at.row, at.caption), Some(Arc::new(start)));
-        let shard = Shard { number, columns, images, first, position: position.clone() };
-        let totals = self.stream(shard, batches, events).await?;
+        self.progress.start(rows - at.row);
+        let (columns, beside) = (reader.columns().clone(), Some(location.clone()));
+        let input = ShardRows::new(reader, at.row, &self.worker.engine().row_groups)?;
+        let position = Some(Arc::new(start));
+        let shard = Shard { number, columns, beside, first: (at.row, at.caption), position: position.clone() };
+        let totals = self.stream(shard, input, events).await?;
         let token = position.map(|position| position.done_token(rows)).unwrap_or_default();
         self.done(events, number, totals, e_tag, token).await;
         Ok(())
     }
 
-    async fn stream<S>(&self, shard: Shard, batches: S, events: &Sender<Result<Event>>) -> Result<Totals>
-    where
-        S: Stream<Item = capsieve_store::Result<RecordBatch>> + Send,
-    {
+    async fn stream(&self, shard: Shard, input: impl Rows, events: &Sender<Result<Event>>) -> Result<Totals> {
         let (rows, scored) = channel(1);
-        let Shard { number, columns, images, first, position } = shard;
-        let has_keys = columns.key.is_some();
-        let engine = self.worker.engine();
+        let (engine, access) = (self.worker.engine(), self.worker.access().clone());
         let stages = Stages {
-            batches,
-            images,
-            columns,
+            input,
+            images: Images { beside: shard.beside.clone(), access },
+            columns: shard.columns.clone(),
             preparer: Arc::clone(&engine.preparer),
             share: engine.pool.queue().join(self.request.heads, self.progress.clone()),
             budget: engine.budget.clone(),
             output: Output::Rows(rows),
-            first_row: first.0,
+            first_row: shard.first.0,
             fail_on_row: self.request.fail_on_row,
         };
-        let forwarding = forward(scored, (number, has_keys), first, position, events);
-        let (totals, ()) = tokio::join!(pipeline::run(stages), forwarding);
+        let (totals, forwarded) = tokio::join!(pipeline::run(stages), forward(scored, shard, events));
+        forwarded?;
         totals
     }
 
     /// A shard to a scored shard.
-    async fn write_shard(
-        &self,
-        number: usize,
-        columns: &ColumnOptions,
-        sink: &Sink,
-        events: &Sender<Result<Event>>,
-    ) -> Result<()> {
+    async fn write_shard(&self, number: usize, sink: &Sink, events: &Sender<Result<Event>>) -> Result<()> {
         let (engine, access) = (self.worker.engine(), self.worker.access());
-        let job = ScoreJob {
-            input: self.shards[number].to_string(),
-            output: self.outputs[number].clone(),
-            columns: columns.clone(),
+        let (location, output) = (&self.plan.shards[number], &self.plan.outputs[number]);
+        let written = self.plan.tokens.get(&location.to_string()).is_some_and(|token| token.done);
+        let mut job = ScoreJob {
+            input: location.to_string(),
+            output: output.clone(),
+            columns: self.columns().clone(),
             heads: self.request.heads,
             thresholds: self.request.thresholds,
             drop_images: sink.drop_images,
             fail_on_row: self.request.fail_on_row,
-            overwrite: sink.overwrite,
+            // What an earlier attempt of the same call wrote is not written again.
+            overwrite: sink.overwrite && !written,
             ..self.worker.job()
         };
-        let outcome = match open(&job, (&engine.hash, engine.precision), access).await? {
-            Opened::Complete(outcome) => outcome,
-            Opened::New(shard) => {
-                let bytes = shard.reader().reading_bytes(CHUNK_ROWS);
-                let _held = self.worker.hold_row_group(&job.input, bytes).await?;
-                shard.score(&job, engine, access, &self.progress).await?
+        let model = (&*engine.hash, engine.precision);
+        let opened = match open(&job, model, access).await {
+            Err(Error::Foreign { .. }) if sink.overwrite => {
+                job.overwrite = true;
+                open(&job, model, access).await?
             }
+            opened => opened?,
+        };
+        let info = match &opened {
+            Opened::Complete(_, info) => info,
+            Opened::New(shard) => shard.input_info(),
+        };
+        let start = self.position(location, info, Some((output, sink.drop_images)));
+        self.resumed(&start)?;
+        let e_tag = info.e_tag.clone();
+        let outcome = match opened {
+            Opened::Complete(outcome, _) => outcome,
+            Opened::New(shard) => shard.score(&job, engine, access, &self.progress).await?,
         };
         let (rows, errors, skipped) = match outcome {
             Outcome::Complete { rows, failed } => (rows, failed_rows(failed), true),
             Outcome::Done(stats) => (stats.rows, stats.errors, false),
         };
-        let output = Some(job.output);
-        let done = ShardDone { shard: number, output, skipped, rows, errors, e_tag: None, token: Vec::new() };
+        let (output, token) = (Some(output.clone()), start.done_token(rows));
+        let done = ShardDone { shard: number, output, skipped, rows, errors, e_tag, token };
         drop(events.send(Ok(Event::ShardDone(done))).await);
         Ok(())
+    }
+
+    fn columns(&self) -> &ColumnOptions {
+        match &self.request.source {
+            Source::Shards { columns, .. } => columns,
+            Source::Pairs(_) => unreachable!("pairs have no shards"),
+        }
+    }
+
+    /// The beginning of a shard, and all that decides what comes of it; `sink` is where the output goes, and whether without
+    /// images.
+    fn position(&self, shard: &Location, info: &ObjectInfo, sink: Option<(&String, bool)>) -> Position {
+        let ScoreJob { itm_token, policy, .. } = self.worker.job();
+        let (columns, heads, thresholds) = (self.columns(), self.request.heads, self.request.thresholds);
+        let options = format!("{columns:?} {heads:?} {thresholds:?} {itm_token:?} {policy:?} {sink:?}");
+        Position::start(&options, &self.worker.info().hash, &shard.to_string(), info)
+    }
+
+    /// Where to begin instead, where an earlier call got further.
+    fn resumed(&self, start: &Position) -> Result<Position> {
+        self.plan.tokens.get(&start.uri).map_or_else(|| Ok(start.clone()), |token| start.resume(token))
     }
 
     async fn done(
@@ -330,50 +331,32 @@ fn failed_rows(failed: u64) -> BTreeMap<&'static str, u64> {
 struct Shard {
     number: usize,
     columns: Columns,
-    images: Images,
+    /// What addresses are relative to.
+    beside: Option<Location>,
     /// Row and caption to begin with.
     first: (u64, u64),
     position: Option<Arc<Position>>,
 }
 
 /// Scored rows from the pipeline's end to the call's events.
-async fn forward(
-    mut scored: Receiver<Scored>,
-    (shard, has_keys): (usize, bool),
-    (mut first_row, mut first_caption): (u64, u64),
-    position: Option<Arc<Position>>,
-    events: &Sender<Result<Event>>,
-) {
-    while let Some(Scored { batch, rows, .. }) = scored.recv().await {
-        let keys = has_keys.then(|| key_texts(batch.column(0)));
+async fn forward(mut scored: Receiver<Scored>, shard: Shard, events: &Sender<Result<Event>>) -> Result<()> {
+    let Shard { number, columns, first: (mut first_row, mut first_caption), position, .. } = shard;
+    while let Some(Scored { batch, rows, ticket, .. }) = scored.recv().await {
+        // A row that has none of its scores any more has one entry, whatever its captions were.
+        let captions = rows.first().map_or(0, |row| row.scores.len() as u64);
+        if captions > 0 && first_caption >= captions {
+            return Err(Error::Token { reason: "it points beyond the last caption of its row" });
+        }
+        let keys = columns.key.map(|_| key_texts(batch.column(0)));
         let count = rows.len() as u64;
-        let rows = ScoredRows { shard, first_row, first_caption, keys, rows, position: position.clone() };
+        let position = position.clone();
+        let rows = ScoredRows { shard: number, first_row, first_caption, keys, rows, position, ticket };
         (first_row, first_caption) = (first_row + count, 0);
         if events.send(Ok(Event::Rows(rows))).await.is_err() {
-            return;
+            break;
         }
     }
-}
-
-/// The output of each shard, checked to be allowed and different from each other.
-fn outputs(request: &CallRequest, shards: &[Location], access: &Access) -> Result<Vec<String>> {
-    let Some(sink) = &request.sink else { return Ok(Vec::new()) };
-    if matches!(request.source, Source::Pairs(_)) {
-        return Err(Error::Sink { reason: "pairs that come with the call are streamed back: leave the sink out" });
-    }
-    let outputs: Vec<String> = match sink.uri.ends_with('/') {
-        true => shards.iter().map(|shard| format!("{}{}", sink.uri, shard.file_name())).collect(),
-        false if shards.len() == 1 => vec![sink.uri.clone()],
-        false => return Err(Error::Sink { reason: "several shards need a prefix that ends in '/'" }),
-    };
-    if outputs.iter().collect::<HashSet<_>>().len() < outputs.len() {
-        return Err(Error::Sink { reason: "two shards have the same name: call them one by one" });
-    }
-    outputs
-        .iter()
-        .try_for_each(|output| access.open(output).map(drop))
-        .map_err(|error| Error::SinkUri(Box::new(error)))?;
-    Ok(outputs)
+    Ok(())
 }
 
 /// What a call gives. Ends after an error.
@@ -407,14 +390,22 @@ impl Drop for Events {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
 mod tests {
-    use super::{Error, Event, Events, Result, ScoredRows, channel};
+    use super::{Error, Event, Events, Result, ScoredRows, Ticket, channel};
 
     #[tokio::test]
     async fn a_task_that_panics_is_an_error_after_its_events() {
         let (sender, received) = channel::<Result<Event>>(1);
         let task = tokio::spawn(async move {
             let rows =
-                ScoredRows { shard: 0, first_row: 0, first_caption: 0, keys: None, rows: vec![], position: None };
+                ScoredRows {
+                shard: 0,
+                first_row: 0,
+                first_caption: 0,
+                keys: None,
+                rows: vec![],
+                position: None,
+                ticket: Ticket::free(),
+            };
             sender.send(Ok(Event::Rows(rows))).await.unwrap();
             panic!("as a stage would");
         });

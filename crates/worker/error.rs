@@ -94,6 +94,16 @@ pub enum Error {
     /// The call's sink is nowhere that it could be.
     #[error("the sink")]
     SinkUri(#[source] Box<capsieve_store::Error>),
+    /// The call's sink lies where its inputs are looked for.
+    #[error(
+        "the sink {sink} lies below the input prefix {input}, whose next reader would take the outputs for inputs: choose another place"
+    )]
+    SinkInside {
+        /// The sink.
+        sink: String,
+        /// The prefix.
+        input: String,
+    },
     /// More shards than a call may have.
     #[error("{count} shards in one call, at most {limit} are taken: make several calls")]
     TooManyShards {
@@ -123,6 +133,14 @@ pub enum Error {
         status: &'static str,
         /// Its error.
         reason: String,
+    },
+    /// A complete output has rows without a score, and the job asked to fail then.
+    #[error("{failed} rows of {uri} have no score; --on-error null accepts them")]
+    RowsFailed {
+        /// The output.
+        uri: String,
+        /// How many.
+        failed: u64,
     },
     /// The demo would replace a file that it did not write.
     #[error("{path} was not written by the demo: choose another folder with --out")]

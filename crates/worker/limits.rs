@@ -1,30 +1,44 @@
-//! Every bound of the pipeline. Together they bound the memory of a job: at most [`CHUNKS_READ`] + [`CHUNKS_PREPARED`] +
-//! [`CHUNKS_SCORED`] + [`CHUNKS_OPEN`] + 4 chunks exist at a time (one in each stage's hands) and those of two batches, each of
-//! at most [`CHUNK_ROWS`] rows; a batch or two more are in each engine's hands. Jobs that share a worker also share a budget
-//! in bytes.
+//! Every bound of the pipeline. Together they bound the memory of a job: a chunk has at most [`CHUNK_ROWS`] rows, and at most
+//! [`chunks_max`] chunks exist between reading and whoever takes the scores; a batch or two more are in each engine's hands.
+//! Jobs that share a worker also share a budget in bytes.
+
+use std::time::Duration;
 
 /// Rows that travel together: enough to keep every core decoding, few enough that their pixels (0.44 MB each at 384 px)
 /// stay small beside the model.
 pub const CHUNK_ROWS: usize = 32;
 /// Rows that travel together where images are fetched by their addresses: each may have [`IMAGE_BYTES_MAX`] bytes.
 pub const CHUNK_URIS: usize = 4;
-/// Events of a call that wait for whoever reads them: scores of a chunk each.
-pub const EVENTS: usize = 2;
 /// Shards of a call.
 pub const SHARDS_MAX: usize = 100_000;
 /// Chunks read and not yet prepared.
 pub const CHUNKS_READ: usize = 1;
 /// Chunks prepared and not yet scored: preparation runs this far ahead of the engine.
 pub const CHUNKS_PREPARED: usize = 1;
-/// Chunks scored and not yet written.
-pub const CHUNKS_SCORED: usize = 2;
+/// Chunks scored and not yet written, or not yet taken by who asked for them.
+pub const CHUNKS_SCORED: usize = 4;
 /// Chunks that wait for their last score, beside those a batch spans: rows without a score fill no batch, and must not
 /// pile up behind one that waits for it.
 pub const CHUNKS_OPEN: usize = 8;
-/// Pairs that a call may add to a batch before it is another call's turn: a row's captions are never torn apart, so this is
-/// about an image and its captions.
+/// Chunks of a job at a time, from the moment they are read to the moment their scores are written or taken: one in each of
+/// four stages' hands, those between them, and those of two batches. Whoever does not take scores stops the reading by this
+/// and holds nothing but scores: every chunk that was read goes through the engine all the same.
+pub const fn chunks_max(batch_images: usize) -> usize {
+    4 + CHUNKS_READ + CHUNKS_PREPARED + CHUNKS_SCORED + chunks_open(batch_images)
+}
+
+/// Chunks of a job whose rows wait for an engine.
+pub const fn chunks_open(batch_images: usize) -> usize {
+    CHUNKS_OPEN + 2 * (batch_images / CHUNK_ROWS + 1)
+}
+
+/// Pairs that a call may add to a batch before it is another call's turn: about an image and its captions.
 pub const QUANTUM_PAIRS: usize = 4;
-/// Caption tokens after which a batch goes to the engine though it has room for images.
+/// Captions of a row that go through the engine with one pass of its image: so many that the pass is a small part of the work.
+pub const PART_PAIRS: usize = 256;
+/// Captions of a row: more are a mistake, and an error of the row.
+pub const CAPTIONS_MAX: usize = 4096;
+/// Caption tokens of a batch at most: it goes to the engine though it has room for images.
 pub const BATCH_TOKENS: usize = 4096;
 /// Bytes of an encoded image that is fetched by its address.
 pub const IMAGE_BYTES_MAX: u64 = 64 << 20;
@@ -34,5 +48,14 @@ pub const FETCHES: usize = 16;
 pub const IMAGE_PIXELS_MAX: u64 = 64 << 20;
 /// Bytes of a caption: the tokenizer is linear, but a caption of megabytes is a mistake and never fits the model.
 pub const CAPTION_BYTES_MAX: usize = 1 << 20;
+/// Bytes of a row group and of what is read with it are given up, and read again later, when nobody takes scores for so long ...
+pub const READER_STALLS: Duration = Duration::from_millis(500);
+/// ... or when a call has had them for so long and another one waits for memory.
+pub const ROW_GROUP_TURN: Duration = Duration::from_secs(5);
+/// Memory of an output while it is written: a row group, and the parts on their way.
+pub const OUTPUT_BYTES: usize = 96 << 20;
+/// What captions take as tokens, in bytes for each byte of their column: four for a byte that is a token, more for empty ones,
+/// which have two tokens and an entry in a list all the same.
+pub const TOKENS_FACTOR: usize = 16;
 /// Bytes of a tokenizer or preprocessor file.
 pub const MODEL_JSON_BYTES_MAX: u64 = 64 << 20;

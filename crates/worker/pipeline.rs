@@ -3,6 +3,9 @@
 //! A stage ends when its input ends, when its neighbour is gone, or with an error. An error drops the stage's channels,
 //! so all stages end; the first stage of the path that failed gives the job's error. Chunks stay in order by
 //! construction: each stage hands them on one after another, and only the rows inside a chunk are prepared in parallel.
+//! A chunk has a ticket from the moment it is read to the moment its scores are written or taken. Tickets bound a job's memory,
+//! and see to it that memory other jobs wait for never waits for a slow reader: who has no ticket reads nothing, and what was
+//! read always finds room behind the engine.
 //! Jobs share engines through the [`crate::queue`]; everything else a job has to itself.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -11,22 +14,39 @@ use std::time::Instant;
 
 use arrow_array::RecordBatch;
 use bytes::Bytes;
-use capsieve_store::{Access, Columns, ImageCell, InputRow, Location, RowScore, ShardWriter, Written};
-use futures::{Stream, StreamExt, pin_mut, stream};
+use capsieve_store::{Access, Columns, ImageCell, InputRow, Location, ObjectInfo, RowScore, ShardWriter, Written};
+use futures::{StreamExt, stream};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::spawn_blocking;
 
 use crate::budget::{Budget, Held};
-use crate::limits::{CHUNK_ROWS, CHUNKS_OPEN, CHUNKS_PREPARED, CHUNKS_READ, CHUNKS_SCORED, FETCHES, IMAGE_BYTES_MAX};
+use crate::limits::{
+    CHUNKS_PREPARED, CHUNKS_READ, FETCHES, IMAGE_BYTES_MAX, READER_STALLS, TOKENS_FACTOR, chunks_max, chunks_open,
+};
 use crate::prepare::{Fault, Preparer, ReadyRow, chain};
-use crate::queue::{Scores, Share};
+use crate::scores::Scores;
+use crate::queue::Share;
+use crate::rows::Rows;
 use crate::{Error, Result};
+
+/// The right to have a chunk between reading and whoever takes its scores.
+#[derive(Debug)]
+pub struct Ticket(#[allow(dead_code, reason = "held, and given back by being dropped")] Option<OwnedSemaphorePermit>);
+
+impl Ticket {
+    /// One that nothing waits for, for rows that come from no pipeline.
+    pub fn free() -> Self {
+        Self(None)
+    }
+}
 
 /// Rows as read. `fetched` has an entry for each row: the image of an address.
 pub(crate) struct Chunk {
     pub(crate) batch: RecordBatch,
     pub(crate) fetched: Vec<Option<Result<Bytes, Fault>>>,
     pub(crate) held: Held,
+    pub(crate) ticket: Ticket,
     /// Memory of what was fetched, until it is decoded.
     _fetching: Held,
 }
@@ -36,6 +56,7 @@ pub(crate) struct Prepared {
     pub(crate) batch: RecordBatch,
     pub(crate) rows: Vec<Result<ReadyRow, Fault>>,
     pub(crate) held: Held,
+    pub(crate) ticket: Ticket,
 }
 
 /// Rows with their scores.
@@ -45,6 +66,7 @@ pub(crate) struct Scored {
     pub(crate) rows: Vec<RowScore>,
     /// Given back when the columns are written.
     _held: Held,
+    pub(crate) ticket: Ticket,
 }
 
 /// Where the images of addresses are.
@@ -65,9 +87,9 @@ pub(crate) enum Output {
 }
 
 /// What the stages work with.
-pub(crate) struct Stages<S> {
-    /// The shard's rows, in batches of at most [`crate::limits::CHUNK_ROWS`].
-    pub(crate) batches: S,
+pub(crate) struct Stages<R> {
+    /// The shard's rows.
+    pub(crate) input: R,
     pub(crate) images: Images,
     pub(crate) columns: Columns,
     pub(crate) preparer: Arc<Preparer>,
@@ -101,16 +123,16 @@ pub(crate) struct Totals {
 ///
 /// # Errors
 /// The first failure along the path; nothing is then written.
-pub(crate) async fn run<S>(stages: Stages<S>) -> Result<Totals>
-where
-    S: Stream<Item = capsieve_store::Result<RecordBatch>> + Send,
-{
-    let Stages { batches, images, columns, preparer, share, budget, output, first_row, fail_on_row } = stages;
+pub(crate) async fn run<R: Rows>(stages: Stages<R>) -> Result<Totals> {
+    let Stages { input, images, columns, preparer, share, budget, output, first_row, fail_on_row } = stages;
+    let chunks_max = chunks_max(share.images_max());
+    let tickets = Arc::new(Semaphore::new(chunks_max));
     let (to_prepare, chunks) = channel(CHUNKS_READ);
     let (to_engine, prepared) = channel(CHUNKS_PREPARED);
-    let (to_writer, scored) = channel(CHUNKS_SCORED);
+    // Room for every chunk there can be: the engine's stage never waits for the one behind it.
+    let (to_writer, scored) = channel(chunks_max);
     let memory = (&budget, preparer.pixel_bytes());
-    let reading = read(batches, (&images, &columns), memory, to_prepare);
+    let reading = read(input, tickets, (&images, &columns), memory, to_prepare);
     // The input's columns go no further than this where nobody writes them.
     let kept: Option<Vec<usize>> = matches!(output, Output::Rows(_)).then(|| columns.key.into_iter().collect());
     let preparing = prepare(&preparer, &columns, kept, chunks, to_engine);
@@ -147,33 +169,48 @@ pub(crate) fn stage(name: &'static str, seconds: f64) {
 
 /// Stage 1: batches of rows, with the images of addresses fetched.
 async fn read(
-    batches: impl Stream<Item = capsieve_store::Result<RecordBatch>>,
+    mut input: impl Rows,
+    tickets: Arc<Semaphore>,
     (images, columns): (&Images, &Columns),
     (budget, pixel_bytes): (&Budget, usize),
     out: Sender<Chunk>,
 ) -> Result<f64> {
-    pin_mut!(batches);
     let mut seconds = 0.0;
     loop {
+        let ticket = ticket(&tickets, &mut input).await;
         let start = Instant::now();
-        let Some(batch) = batches.next().await.transpose()? else { return Ok(seconds) };
-        let decoding = start.elapsed().as_secs_f64();
+        let Some(batch) = input.next().await? else { return Ok(seconds) };
+        let found = locate(addresses(&batch, columns)?, images).await;
+        let looking = start.elapsed().as_secs_f64();
         // Not the reader's time: memory is short because the engines are busy.
-        let addresses = addresses(&batch, columns)?;
-        let fetching = addresses.iter().flatten().count() * IMAGE_BYTES_MAX as usize;
+        let fetching = found.iter().map(Found::bytes).sum::<usize>();
+        let tokens = TOKENS_FACTOR * batch.column(columns.caption).get_array_memory_size();
         // Asked for at once: who holds a part and waits for another could wait for ever.
-        let bytes = batch.num_rows() * pixel_bytes + batch.get_array_memory_size();
+        let bytes = batch.num_rows() * pixel_bytes + batch.get_array_memory_size() + tokens;
         let mut held = budget.take(bytes + fetching).await;
         let fetching = held.split(fetching);
         let start = Instant::now();
-        let fetched = fetch(addresses, images).await;
-        let taken = decoding + start.elapsed().as_secs_f64();
+        let fetched = stream::iter(found.into_iter().map(Found::fetch)).buffered(FETCHES).collect().await;
+        let taken = looking + start.elapsed().as_secs_f64();
         stage("read", taken);
         seconds += taken;
-        if out.send(Chunk { batch, fetched, held, _fetching: fetching }).await.is_err() {
+        if out.send(Chunk { batch, fetched, held, ticket, _fetching: fetching }).await.is_err() {
             return Ok(seconds);
         }
     }
+}
+
+/// Waits for a chunk's ticket; for long only where nobody takes the scores.
+async fn ticket(tickets: &Arc<Semaphore>, input: &mut impl Rows) -> Ticket {
+    let waiting = || Arc::clone(tickets).acquire_owned();
+    let ticket = match tokio::time::timeout(READER_STALLS, waiting()).await {
+        Ok(ticket) => ticket,
+        Err(_) => {
+            input.pause();
+            waiting().await
+        }
+    };
+    Ticket(Some(ticket.expect("the semaphore is never closed")))
 }
 
 /// Where the images are that are not in the shard.
@@ -185,13 +222,50 @@ fn addresses(batch: &RecordBatch, columns: &Columns) -> Result<Vec<Option<String
     Ok(capsieve_store::rows(batch, columns)?.iter().map(address).collect())
 }
 
-async fn fetch(addresses: Vec<Option<String>>, images: &Images) -> Vec<Option<Result<Bytes, Fault>>> {
-    let one = |address: Option<String>| async move {
-        let address = address?;
-        let fetched = async { images.access.resolve(images.beside.as_ref(), &address)?.get(IMAGE_BYTES_MAX).await };
-        Some(fetched.await.map_err(|error| Fault::new("fetch_failed", chain(&error))))
+/// An image that is not in the shard: not there, or found, or why it cannot be had.
+struct Found(Option<Result<(Location, ObjectInfo), Fault>>);
+
+/// Looks where the images are and how large.
+async fn locate(addresses: Vec<Option<String>>, images: &Images) -> Vec<Found> {
+    if addresses.iter().all(Option::is_none) {
+        return addresses.into_iter().map(|_| Found(None)).collect();
+    }
+    // Names are resolved link by link, with calls of the system that block.
+    let images = images.clone();
+    let resolving = spawn_blocking(move || {
+        let resolve = |address: Option<String>| Some(images.access.resolve(images.beside.as_ref(), &address?));
+        addresses.into_iter().map(resolve).collect::<Vec<_>>()
+    });
+    let resolved = resolving.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+    let look = |location: Option<capsieve_store::Result<Location>>| async move {
+        let found = async {
+            let location = location?;
+            Some(match location {
+                Ok(location) => location.head_within(IMAGE_BYTES_MAX).await.map(|info| (location, info)),
+                Err(error) => Err(error),
+            })
+        };
+        Found(found.await.map(|found| found.map_err(|error| fetch_failed(&error))))
     };
-    stream::iter(addresses.into_iter().map(one)).buffered(FETCHES).collect().await
+    stream::iter(resolved.into_iter().map(look)).buffered(FETCHES).collect().await
+}
+
+impl Found {
+    fn bytes(&self) -> usize {
+        let size = |(_, info): &(Location, ObjectInfo)| usize::try_from(info.size).unwrap_or(usize::MAX);
+        self.0.as_ref().and_then(|found| found.as_ref().ok()).map_or(0, size)
+    }
+
+    async fn fetch(self) -> Option<Result<Bytes, Fault>> {
+        Some(match self.0? {
+            Ok((location, info)) => location.get(&info).await.map_err(|error| fetch_failed(&error)),
+            Err(fault) => Err(fault),
+        })
+    }
+}
+
+fn fetch_failed(error: &capsieve_store::Error) -> Fault {
+    Fault::new("fetch_failed", chain(error))
 }
 
 /// Stage 2: model input for every row, a chunk at a time on a thread for such work. `kept` are the columns that go on, if not
@@ -231,11 +305,12 @@ struct Open {
     batch: RecordBatch,
     scores: Scores,
     held: Held,
+    ticket: Ticket,
 }
 
 /// Stage 3: rows through the engines, chunks on in their order.
 async fn score(share: &Share, mut chunks: Receiver<Prepared>, out: Sender<Scored>) -> Result<()> {
-    let open_max = CHUNKS_OPEN + 2 * (share.images_max() / CHUNK_ROWS + 1);
+    let open_max = chunks_open(share.images_max());
     let (mut open, mut ended) = (VecDeque::<Open>::new(), false);
     loop {
         let takes = !ended && open.len() < open_max && share.has_room();
@@ -252,16 +327,16 @@ async fn score(share: &Share, mut chunks: Receiver<Prepared>, out: Sender<Scored
             () = out.closed() => return Ok(()),
             scores = first(&mut open) => {
                 let rows = scores?;
-                let Open { batch, held, .. } = open.pop_front().expect("its scores are here");
-                if out.send(Scored { batch, rows, _held: held }).await.is_err() {
+                let Open { batch, held, ticket, .. } = open.pop_front().expect("its scores are here");
+                if out.send(Scored { batch, rows, _held: held, ticket }).await.is_err() {
                     return Ok(());
                 }
             }
             chunk = chunks.recv(), if takes => match chunk {
-                Some(Prepared { batch, rows, mut held }) => {
+                Some(Prepared { batch, rows, mut held, ticket }) => {
                     // Where no columns go on, the pixels are all there is to hold.
                     let pixels = if batch.num_columns() <= 1 { std::mem::take(&mut held) } else { Held::default() };
-                    open.push_back(Open { batch, scores: share.submit(rows, pixels), held });
+                    open.push_back(Open { batch, scores: share.submit(rows, pixels), held, ticket });
                 }
                 None => ended = true,
             },
@@ -294,16 +369,18 @@ async fn write(
                 return Err(Error::Row { row: first_row + totals.rows + i as u64, status: row.status, reason });
             }
         }
-        let start = Instant::now();
         totals.rows += chunk.rows.len() as u64;
         match &mut output {
-            Output::Shard(writer) => writer.write(&chunk.batch, &chunk.rows).await?,
+            Output::Shard(writer) => {
+                let start = Instant::now();
+                writer.write(&chunk.batch, &chunk.rows).await?;
+                let taken = start.elapsed().as_secs_f64();
+                stage("write", taken);
+                totals.write += taken;
+            }
             Output::Rows(out) if out.send(chunk).await.is_err() => break,
             Output::Rows(_) => {}
         }
-        let taken = start.elapsed().as_secs_f64();
-        stage("write", taken);
-        totals.write += taken;
     }
     Ok((output, totals))
 }

@@ -9,7 +9,7 @@ use capsieve_prep::{DecodeLimits, ImageSpec, Tokenizer};
 use capsieve_store::{CaptionCell, CaptionScore, Columns, ImageCell, InputRow, RowScore};
 use rayon::prelude::*;
 
-use crate::limits::{CAPTION_BYTES_MAX, IMAGE_PIXELS_MAX};
+use crate::limits::{BATCH_TOKENS, CAPTION_BYTES_MAX, CAPTIONS_MAX, IMAGE_PIXELS_MAX, PART_PAIRS};
 use crate::pipeline::{Chunk, Prepared};
 use crate::{Error, Result};
 
@@ -49,7 +49,7 @@ impl Fault {
 #[derive(Debug)]
 pub(crate) struct ReadyRow {
     /// `[S, S, 3]` u8.
-    pub(crate) pixels: Vec<u8>,
+    pub(crate) pixels: Bytes,
     /// Token ids of each caption of the row, or why it has no score.
     pub(crate) captions: Vec<Result<Vec<u32>, Fault>>,
 }
@@ -63,6 +63,26 @@ impl ReadyRow {
     /// Of these captions.
     pub(crate) fn tokens(&self) -> usize {
         self.captions.iter().flatten().map(Vec::len).sum()
+    }
+
+    /// The same captions in parts that fit a batch, each with the image and at least one that can be scored. Nearly always
+    /// one part: another one costs another pass of the image.
+    pub(crate) fn parts(self) -> Vec<Self> {
+        let Self { pixels, captions } = self;
+        let part = || Self { pixels: pixels.clone(), captions: Vec::new() };
+        let mut parts = vec![part()];
+        let (mut pairs, mut tokens) = (0, 0);
+        for caption in captions {
+            if let Ok(caption) = &caption {
+                if pairs == PART_PAIRS || pairs > 0 && tokens + caption.len() > BATCH_TOKENS {
+                    parts.push(part());
+                    (pairs, tokens) = (0, 0);
+                }
+                (pairs, tokens) = (pairs + 1, tokens + caption.len());
+            }
+            parts.last_mut().expect("it begins with one").captions.push(caption);
+        }
+        parts
     }
 }
 
@@ -99,7 +119,7 @@ impl Preparer {
         let prepared = self.pool.install(|| {
             rows.par_iter().zip(&chunk.fetched).map(|(row, fetched)| self.row(row, fetched.as_ref())).collect()
         });
-        Ok(Prepared { batch: chunk.batch, rows: prepared, held: chunk.held })
+        Ok(Prepared { batch: chunk.batch, rows: prepared, held: chunk.held, ticket: chunk.ticket })
     }
 
     fn row(&self, row: &InputRow<'_>, fetched: Option<&Result<Bytes, Fault>>) -> Result<ReadyRow, Fault> {
@@ -116,7 +136,7 @@ impl Preparer {
         let pixels = catch_unwind(|| capsieve_prep::prepare_image(bytes, spec, &limits));
         let pixels = pixels.map_err(|_| Fault::new("decode_failed", "the decoder broke down on this image"))?;
         let pixels = pixels.map_err(|error| Fault::new(error.status(), chain(&error)))?;
-        Ok(ReadyRow { pixels, captions })
+        Ok(ReadyRow { pixels: pixels.into(), captions })
     }
 
     /// The captions of a row. A list needs one caption that can be scored; its others are then without a score.
@@ -125,6 +145,10 @@ impl Preparer {
         match cell {
             CaptionCell::Null => Err(null()),
             CaptionCell::One(text) => Ok(vec![Ok(self.caption(text)?)]),
+            CaptionCell::List(texts) if texts.len() > CAPTIONS_MAX => {
+                let reason = format!("the row has {} captions, at most {CAPTIONS_MAX} are scored", texts.len());
+                Err(Fault::new("too_many_captions", reason))
+            }
             CaptionCell::List(texts) => {
                 let caption = |text: &Option<&str>| text.ok_or_else(null).and_then(|text| self.caption(text));
                 let captions: Vec<_> = texts.iter().map(caption).collect();

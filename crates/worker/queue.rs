@@ -2,9 +2,9 @@
 //! row's scores go back to the chunk it came from.
 //!
 //! Fairness is deficit round robin (Shreedhar and Varghese, 1995) with pairs as the cost: each call in turn may spend
-//! [`QUANTUM_PAIRS`] more, so that a call of ten pairs waits for its turn and not for the ten million of another. A batch goes
-//! to an engine when it is full, when a row has waited for the latency bound, or when a call says that nothing more comes
-//! before its rows are scored.
+//! [`QUANTUM_PAIRS`] more, so that a call of ten pairs waits for its turn and not for the ten million of another. A row of many
+//! captions waits in parts, each with the image, so that no batch grows with it. A batch goes to an engine when it is full,
+//! when a row has waited for the latency bound, or when a call says that nothing more comes before its rows are scored.
 //!
 //! A call that is dropped takes its waiting rows with it. What an engine has begun is finished: at most the batch in its
 //! hands, and on a card the one behind it.
@@ -15,13 +15,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use capsieve_engine::{Batch, Heads, Info, PairScore};
-use capsieve_store::RowScore;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::Notify;
 
 use crate::budget::Held;
+use crate::scores::{Awaited, CaptionResult, Scores};
 use crate::limits::{BATCH_TOKENS, QUANTUM_PAIRS};
-use crate::prepare::{Fault, ReadyRow, row_score};
-use crate::{Error, Progress, Result};
+use crate::prepare::{Fault, ReadyRow};
+use crate::Progress;
 
 /// Rows of all calls that wait for an engine.
 pub(crate) struct Queue {
@@ -58,44 +58,31 @@ struct Waiting {
     hurry: bool,
 }
 
-/// A row on its way to an engine.
-pub(crate) struct QueuedRow {
+/// A row, or a part of its captions, on its way to an engine.
+struct QueuedRow {
     row: ReadyRow,
     place: Place,
     since: Instant,
 }
 
-/// Where a row's scores go.
+/// Where scores go: to the captions of a row from this one on.
 struct Place {
-    chunk: Arc<Chunk>,
+    chunk: Arc<Awaited>,
     row: usize,
+    caption: usize,
 }
 
 /// What a call and its rows share.
-struct Call {
+pub(crate) struct Call {
     number: u64,
-    heads: Heads,
-    progress: Progress,
+    pub(crate) heads: Heads,
+    pub(crate) progress: Progress,
     dropped: AtomicBool,
     /// Its waiting rows became fewer.
     room: Notify,
     /// Its share of the engines' time.
     nanoseconds: AtomicU64,
     pairs: AtomicU64,
-}
-
-/// Rows whose scores are awaited together.
-struct Chunk {
-    call: Arc<Call>,
-    open: Mutex<OpenChunk>,
-}
-
-struct OpenChunk {
-    rows: Vec<Option<RowScore>>,
-    missing: usize,
-    done: Option<oneshot::Sender<Result<Vec<RowScore>>>>,
-    /// Given back when the pixels are gone.
-    held: Held,
 }
 
 /// A batch and where its rows came from: which captions of which row of which chunk.
@@ -205,23 +192,32 @@ fn depth(state: &State) {
 }
 
 impl State {
-    /// Rows for one batch, in turn from all calls.
+    /// Rows for one batch, in turn from all calls: at least one where any wait.
     fn gather(&mut self, images_max: usize) -> Vec<QueuedRow> {
         let (mut rows, mut tokens) = (Vec::with_capacity(images_max.min(self.images)), 0);
-        while rows.len() < images_max && tokens < BATCH_TOKENS {
-            let Some(mut call) = self.calls.pop_front() else { break };
+        let mut full = false;
+        while !full && let Some(mut call) = self.calls.pop_front() {
             call.deficit += QUANTUM_PAIRS;
-            while rows.len() < images_max
-                && tokens < BATCH_TOKENS
-                && let Some(row) = call.rows.pop_front_if(|row| row.row.pairs() <= call.deficit)
-            {
+            while let Some(row) = call.rows.front().filter(|row| row.row.pairs() <= call.deficit) {
+                let crowded = !rows.is_empty() && tokens + row.row.tokens() > BATCH_TOKENS;
+                full = crowded || rows.len() == images_max;
+                if full {
+                    break;
+                }
                 call.deficit -= row.row.pairs();
                 tokens += row.row.tokens();
-                rows.push(row);
+                rows.extend(call.rows.pop_front());
             }
             call.call.room.notify_one();
-            if !call.rows.is_empty() {
-                self.calls.push_back(call);
+            full |= rows.len() == images_max;
+            match call.rows.front() {
+                None => {}
+                // It did not fit behind the others: first in the next batch, or it might never.
+                Some(_) if full && rows.len() < images_max => {
+                    call.deficit = call.deficit.saturating_sub(QUANTUM_PAIRS);
+                    self.calls.push_front(call);
+                }
+                Some(_) => self.calls.push_back(call),
             }
         }
         self.images -= rows.len();
@@ -265,8 +261,8 @@ impl Job {
         let mut scores = scores.into_iter();
         for (place, captions) in places {
             let score = |fault: Option<_>| fault.map_or_else(|| Ok(scores.next().expect("a score a caption")), Err);
-            let of_row: Vec<_> = captions.into_iter().map(score).collect();
-            let (call, pairs) = (&place.chunk.call, of_row.iter().flatten().count() as u64);
+            let captions: Vec<CaptionResult> = captions.into_iter().map(score).collect();
+            let (call, pairs) = (&place.chunk.call, captions.iter().flatten().count() as u64);
             call.nanoseconds.fetch_add(pair_nanoseconds * pairs, Ordering::Relaxed);
             call.pairs.fetch_add(pairs, Ordering::Relaxed);
             call.progress.add_pairs(pairs);
@@ -274,50 +270,10 @@ impl Job {
             if call.dropped.load(Ordering::Relaxed) {
                 metrics::counter!("capsieve_pairs_wasted_total").increment(pairs);
             }
-            let score = row_score(of_row, call.heads);
-            place.chunk.finish(place.row, score);
+            place.chunk.score(place.row, place.caption, captions);
         }
         assert!(scores.next().is_none(), "a caption for each score");
         batch
-    }
-}
-
-impl Chunk {
-    fn finish(&self, row: usize, score: RowScore) {
-        self.call.progress.add_row(score.status == "ok");
-        if score.status != "ok" {
-            metrics::counter!("capsieve_rows_failed_total", "reason" => score.status).increment(1);
-        }
-        let mut open = self.lock();
-        assert!(open.rows[row].replace(score).is_none(), "row {row} was scored twice");
-        open.missing -= 1;
-        open.end_if_done();
-    }
-
-    fn fail(&self, error: &Arc<capsieve_engine::Error>) {
-        let mut open = self.lock();
-        open.held = Held::default();
-        if let Some(done) = open.done.take() {
-            drop(done.send(Err(Error::Scoring(Arc::clone(error)))));
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, OpenChunk> {
-        self.open.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-}
-
-impl OpenChunk {
-    fn end_if_done(&mut self) {
-        if self.missing > 0 {
-            return;
-        }
-        self.held = Held::default();
-        if let Some(done) = self.done.take() {
-            let rows = self.rows.drain(..).map(|row| row.expect("no row is missing")).collect();
-            // Nobody listens where the call was dropped.
-            drop(done.send(Ok(rows)));
-        }
     }
 }
 
@@ -331,23 +287,29 @@ impl Share {
     /// Queues the rows that can be scored; resolves to one score for each row. Never waits: see [`Self::room`]. `held` is
     /// dropped with the last row's pixels.
     pub(crate) fn submit(&self, rows: Vec<Result<ReadyRow, Fault>>, held: Held) -> Scores {
-        let (done, scores) = oneshot::channel();
-        let (call, count, since) = (&self.call, rows.len(), Instant::now());
-        let open = OpenChunk { rows: vec![None; count], missing: count, done: Some(done), held };
-        let chunk = Arc::new(Chunk { call: Arc::clone(call), open: Mutex::new(open) });
-        let mut ready = VecDeque::with_capacity(count);
+        let (chunk, scores) = Awaited::new(&self.call, rows.len(), held);
+        let (mut ready, since) = (VecDeque::with_capacity(rows.len()), Instant::now());
         for (row, prepared) in rows.into_iter().enumerate() {
-            let place = Place { chunk: Arc::clone(&chunk), row };
-            match prepared {
-                Ok(row) => ready.push_back(QueuedRow { row, place, since }),
-                Err(fault) => chunk.finish(row, fault.into_row()),
+            let prepared = match prepared {
+                Ok(prepared) => prepared,
+                Err(fault) => {
+                    chunk.finish(row, fault.into_row());
+                    continue;
+                }
+            };
+            let mut caption = 0;
+            chunk.expect(row, prepared.captions.len());
+            for part in prepared.parts() {
+                let place = Place { chunk: Arc::clone(&chunk), row, caption };
+                caption += part.captions.len();
+                ready.push_back(QueuedRow { row: part, place, since });
             }
         }
-        chunk.lock().end_if_done();
+        chunk.end_if_done();
         if !ready.is_empty() {
             self.enqueue(ready);
         }
-        Scores(scores)
+        scores
     }
 
     fn enqueue(&self, rows: VecDeque<QueuedRow>) {
@@ -419,16 +381,6 @@ impl Drop for Share {
             state.tokens -= waiting.rows.iter().map(|row| row.row.tokens()).sum::<usize>();
         }
         depth(&state);
-    }
-}
-
-/// The scores of a chunk, once all of its rows have theirs.
-pub(crate) struct Scores(oneshot::Receiver<Result<Vec<RowScore>>>);
-
-impl Scores {
-    /// Waits for them. Errors: the engine's, or that it broke down.
-    pub(crate) async fn wait(&mut self) -> Result<Vec<RowScore>> {
-        (&mut self.0).await.unwrap_or(Err(Error::EngineGone))
     }
 }
 

@@ -12,36 +12,47 @@ use crate::model::hex;
 use crate::{Error, Result};
 
 /// Form of the tokens; another one is refused.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
+/// Hexadecimal digits of a hash in a token: 64 bits tell apart what a client mixes up, and a call may bring a token for each
+/// of its shards.
+const DIGITS: usize = 16;
 const CHECKSUM_BYTES: usize = 8;
 /// A token holds a URI and some hashes.
 const TOKEN_BYTES_MAX: usize = 16 << 10;
 
-/// The first caption that is still to be scored.
+/// The first caption that is still to be scored. Its names in a token are one letter long.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Position {
-    /// SHA-256 of what decides the scores beside model and shard.
+    /// Of SHA-256 of what decides the scores beside model and shard.
+    #[serde(rename = "q")]
     request: String,
-    /// SHA-256 of the model.
+    /// Of SHA-256 of the model.
+    #[serde(rename = "m")]
     model: String,
     /// The shard as the worker lists it.
+    #[serde(rename = "u")]
     pub(crate) uri: String,
-    /// Its size, entity tag and time.
+    /// Of SHA-256 of its size, entity tag and time.
+    #[serde(rename = "v")]
     version: String,
     /// Row in the shard.
+    #[serde(rename = "r")]
     pub(crate) row: u64,
     /// Caption in the row.
+    #[serde(rename = "c")]
     pub(crate) caption: u64,
     /// All rows are scored.
+    #[serde(rename = "d")]
     pub(crate) done: bool,
 }
 
 impl Position {
-    pub(crate) fn start(request: &str, model: &str, uri: &str, info: &ObjectInfo) -> Self {
+    /// The beginning of a shard. `options` is what decides the scores beside model and shard.
+    pub(crate) fn start(options: &str, model: &str, uri: &str, info: &ObjectInfo) -> Self {
         let seconds = info.modified.duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_nanos();
-        let version = format!("{} {:?} {seconds}", info.size, info.e_tag);
-        let (request, model, uri) = (request.to_owned(), model.to_owned(), uri.to_owned());
+        let version = digest(&format!("{} {:?} {seconds}", info.size, info.e_tag));
+        let (request, model, uri) = (digest(options), digest(model), uri.to_owned());
         Self { request, model, uri, version, row: 0, caption: 0, done: false }
     }
 
@@ -90,9 +101,8 @@ impl Position {
     }
 }
 
-/// SHA-256, in hexadecimal, of a request's options.
-pub(crate) fn request_hash(options: &str) -> String {
-    hex(&Sha256::digest(options))
+fn digest(text: &str) -> String {
+    hex(&Sha256::digest(text))[..DIGITS].to_owned()
 }
 
 fn checksum(bytes: &[u8]) -> [u8; CHECKSUM_BYTES] {

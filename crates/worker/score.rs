@@ -13,11 +13,12 @@ use sha2::{Digest, Sha256};
 
 use crate::budget::Budget;
 use crate::engine::Pool;
-use crate::limits::CHUNK_ROWS;
+use crate::limits::OUTPUT_BYTES;
 use crate::model::hex;
 use crate::pipeline::{self, Images, Output, Stages, Totals};
 use crate::prepare::Preparer;
-use crate::{CaptionPolicy, EngineChoice, Error, LoadedModel, Precision, Progress, Result, engine_options};
+use crate::rows::ShardRows;
+use crate::{CaptionPolicy, EngineChoice, Error, LoadedModel, Precision, Progress, Result, StoreError, engine_options};
 
 /// Key of the output's metadata by which a rerun recognises its own work.
 const FINGERPRINT: &str = "capsieve.fingerprint";
@@ -117,7 +118,7 @@ pub async fn score(model: &LoadedModel, job: &ScoreJob, progress: &Progress) -> 
     let hash = model.hash()?;
     // Before the weights are loaded: most of what can be wrong shows here.
     let shard = match open(job, (&hash, engines.precision), &Access::everything()).await? {
-        Opened::Complete(outcome) => return Ok(outcome),
+        Opened::Complete(outcome, _) => return Ok(outcome),
         Opened::New(shard) => *shard,
     };
     let config = model.checkpoint.config();
@@ -133,6 +134,8 @@ pub async fn score(model: &LoadedModel, job: &ScoreJob, progress: &Progress) -> 
         pool: Pool::start(scorers, None, engines.ahead()),
         preparer: Arc::new(preparer),
         budget: Budget::default(),
+        row_groups: Budget::default(),
+        outputs: Budget::default(),
     };
     shard.score(job, &engine, &Access::everything(), progress).await
 }
@@ -148,12 +151,16 @@ pub(crate) struct SharedEngine {
     pub(crate) preparer: Arc<Preparer>,
     /// Memory for the chunks of all jobs.
     pub(crate) budget: Budget,
+    /// Memory for the row groups that are read.
+    pub(crate) row_groups: Budget,
+    /// Memory for the outputs that are written.
+    pub(crate) outputs: Budget,
 }
 
 /// A job whose input was looked at.
 pub(crate) enum Opened {
-    /// The output is there already.
-    Complete(Outcome),
+    /// The output is there already, made from this version of the input.
+    Complete(Outcome, ObjectInfo),
     /// Its output was begun.
     New(Box<OpenShard>),
 }
@@ -164,6 +171,7 @@ pub(crate) struct OpenShard {
     output: Location,
     reader: ShardReader,
     writer: ShardWriter,
+    fingerprint: String,
 }
 
 /// Opens input and output, and looks whether the work is done.
@@ -175,17 +183,18 @@ pub(crate) async fn open(job: &ScoreJob, (hash, precision): (&str, Precision), a
     let reader = ShardReader::open(&input, &job.columns).await?;
     let fingerprint = fingerprint(job, hash, precision, reader.object_info());
     if !job.overwrite && output.exists().await? {
-        return complete(&output, &fingerprint).await.map(Opened::Complete);
+        let outcome = complete(job, &output, &fingerprint).await?;
+        return Ok(Opened::Complete(outcome, reader.object_info().clone()));
     }
     let options = output_options(job, (hash, precision), &fingerprint, &reader, &input);
     let writer = ShardWriter::create(&output, reader.schema(), reader.columns(), &options).await?;
-    Ok(Opened::New(Box::new(OpenShard { input, output, reader, writer })))
+    Ok(Opened::New(Box::new(OpenShard { input, output, reader, writer, fingerprint })))
 }
 
 impl OpenShard {
-    /// Rows of the shard.
-    pub(crate) fn reader(&self) -> &ShardReader {
-        &self.reader
+    /// The input as it is now.
+    pub(crate) fn input_info(&self) -> &ObjectInfo {
+        self.reader.object_info()
     }
 
     /// Scores it and publishes the output.
@@ -196,14 +205,16 @@ impl OpenShard {
         access: &Access,
         progress: &Progress,
     ) -> Result<Outcome> {
-        let Self { input, output, reader, writer } = self;
-        let rows = reader.rows();
+        let Self { input, output, reader, writer, fingerprint } = self;
+        let (rows, columns) = (reader.rows(), reader.columns().clone());
+        let input_rows = ShardRows::new(reader, 0, &engine.row_groups)?;
+        let _held = engine.outputs.take(OUTPUT_BYTES).await;
         progress.start(rows);
         let start = Instant::now();
         let stages = Stages {
+            input: input_rows,
             images: Images { beside: Some(input), access: access.clone() },
-            columns: reader.columns().clone(),
-            batches: reader.into_stream(CHUNK_ROWS),
+            columns,
             preparer: Arc::clone(&engine.preparer),
             share: engine.pool.queue().join(job.heads, progress.clone()),
             budget: engine.budget.clone(),
@@ -211,7 +222,14 @@ impl OpenShard {
             first_row: 0,
             fail_on_row: job.fail_on_row,
         };
-        let totals = pipeline::run(stages).await?;
+        let totals = match pipeline::run(stages).await {
+            Ok(totals) => totals,
+            // Another run of the same job was faster: its output is as good as ours.
+            Err(Error::Store(StoreError::Superseded { .. } | StoreError::Exists { .. })) => {
+                return complete(job, &output, &fingerprint).await;
+            }
+            Err(error) => return Err(error),
+        };
         assert_eq!(totals.written.rows, rows, "every row that was read was written");
         let stats = stats(job, engine, totals, start.elapsed().as_secs_f64());
         capsieve_store::write_stats(&output, &stats).await?;
@@ -220,13 +238,16 @@ impl OpenShard {
 }
 
 /// An output that is there: ours, or somebody else's?
-async fn complete(output: &Location, fingerprint: &str) -> Result<Outcome> {
+async fn complete(job: &ScoreJob, output: &Location, fingerprint: &str) -> Result<Outcome> {
     let foreign = || Error::Foreign { uri: output.to_string() };
     // What cannot be read is no output of ours.
     let footer = Footer::read(output).await.map_err(|_| foreign())?;
     match footer.schema().metadata().get(FINGERPRINT) {
         Some(found) if found == fingerprint => {
             let failed = footer.failed_rows().unwrap_or_default();
+            if job.fail_on_row && failed > 0 {
+                return Err(Error::RowsFailed { uri: output.to_string(), failed });
+            }
             Ok(Outcome::Complete { rows: footer.rows(), failed })
         }
         _ => Err(foreign()),

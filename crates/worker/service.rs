@@ -6,12 +6,12 @@ use std::time::Duration;
 use capsieve_engine::{Batch, Device, Heads, Info, ItmToken, Scorer};
 use capsieve_store::{Access, ColumnOptions};
 
-use crate::budget::{Budget, Held};
+use crate::budget::Budget;
 use crate::call::{Call, CallRequest};
 use crate::engine::{Pool, engine_options};
 use crate::prepare::Preparer;
 use crate::score::SharedEngine;
-use crate::{CaptionPolicy, EngineChoice, Error, LoadedModel, Result, ScoreJob, Thresholds};
+use crate::{CaptionPolicy, EngineChoice, LoadedModel, Result, ScoreJob, Thresholds};
 
 /// What a worker is started with.
 #[derive(Clone, Debug)]
@@ -26,8 +26,8 @@ pub struct WorkerOptions {
     pub engine: EngineChoice,
     /// How long a row waits for others to share its batch with.
     pub latency: Duration,
-    /// Bytes that calls hold together, beside the model and the messages themselves: half for chunks of rows, half for row
-    /// groups.
+    /// Bytes that calls hold together, beside the model and the messages themselves: half for chunks of rows, a quarter for row
+    /// groups, a quarter for outputs.
     pub memory_bytes: u64,
     /// What calls may read and write.
     pub access: Access,
@@ -61,7 +61,6 @@ pub struct Worker {
     engine: SharedEngine,
     info: WorkerInfo,
     options: WorkerOptions,
-    row_groups: Budget,
 }
 
 impl Worker {
@@ -79,14 +78,16 @@ impl Worker {
         let devices: Vec<&str> = infos.iter().map(|info| info.device.as_str()).collect();
         let parts = (model.image.clone(), model.tokenizer.clone());
         let preparer = Preparer::new(options.engine.threads, parts, config.text.positions, options.policy)?;
-        let half = usize::try_from(options.memory_bytes / 2).unwrap_or(usize::MAX);
+        let part = |of: u64| Budget::new(usize::try_from(options.memory_bytes / of).unwrap_or(usize::MAX));
         let engine = SharedEngine {
             hash: model.hash()?,
             device: devices.join(", "),
             precision: engines.precision,
             pool: Pool::start(scorers, Some(options.latency), engines.devices[0] != Device::Cpu),
             preparer: Arc::new(preparer),
-            budget: Budget::new(half),
+            budget: part(2),
+            row_groups: part(4),
+            outputs: part(4),
         };
         let info = WorkerInfo {
             model: model.name.clone(),
@@ -99,7 +100,7 @@ impl Worker {
             tokens_max: config.text.positions,
             batch_images: engine.pool.queue().info().images_max,
         };
-        Ok(Arc::new(Self { engine, info, row_groups: Budget::new(half), options }))
+        Ok(Arc::new(Self { engine, info, options }))
     }
 
     /// What it serves.
@@ -132,15 +133,6 @@ impl Worker {
 
     pub(crate) fn engine(&self) -> &SharedEngine {
         &self.engine
-    }
-
-    /// Waits for the memory of a row group.
-    pub(crate) async fn hold_row_group(&self, uri: &str, bytes: u64) -> Result<Held> {
-        let limit = self.options.memory_bytes / 2;
-        if bytes > limit {
-            return Err(Error::RowGroup { uri: uri.to_owned(), bytes, limit });
-        }
-        Ok(self.row_groups.take(usize::try_from(bytes).unwrap_or(usize::MAX)).await)
     }
 
     /// A job with this worker's part of the options.

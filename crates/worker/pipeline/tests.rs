@@ -18,6 +18,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::engine::Pool;
+use crate::rows::Ready;
 use crate::{CaptionPolicy, Progress};
 
 /// A deadlock must fail, not stall the suite.
@@ -115,16 +116,15 @@ impl<I: Iterator<Item = Read> + Send + 'static> Job<I> {
         let Self { folder, read, scorers, fail_on_row } = self;
         let (ended, end) = channel();
         std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
+            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build().unwrap();
             let job = runtime.spawn(async move {
                 let columns = Columns::detect(good().schema_ref(), &ColumnOptions::default(), "rows").unwrap();
                 let writer = ShardWriter::create(&output, good().schema_ref(), &columns, &options()).await.unwrap();
                 let parts = (ImageSpec::blip(64), Tokenizer::bert_uncased());
                 let preparer = Preparer::new(1, parts, 512, CaptionPolicy::default()).unwrap();
-                let batches = stream::iter(read);
                 let pool = Pool::start(scorers, None, false);
                 run(Stages {
-                    batches,
+                    input: Ready(stream::iter(read)),
                     images: Images { beside: Some(output), access: Access::everything() },
                     columns,
                     preparer: Arc::new(preparer),
@@ -329,4 +329,51 @@ fn several_engines_share_the_batches_and_rows_stay_in_order() {
         let (want, got) = (want.unwrap(), got.unwrap());
         assert!((want - got).abs() < 1e-5, "row {i}: {want} and {got}");
     }
+}
+
+/// A stream of scores that nobody takes: it ends reading, and holds no memory that others wait for.
+#[test]
+fn who_does_not_take_scores_holds_no_memory() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let read = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&read);
+    let endless = (0..1_000_000).map(|_| Ok(good())).inspect(move |_| drop(count.fetch_add(1, Ordering::Relaxed)));
+    // Room for three chunks.
+    let budget = Budget::new(3 * (ROWS * 64 * 64 * 3 + (64 << 10)));
+    let whole = budget.free();
+    let pool = Pool::start(vec![scorer(3, Behaviour::Score)], Some(Duration::ZERO), false);
+    let (rows, mut scored) = tokio::sync::mpsc::channel(1);
+    let stages = Stages {
+        input: Ready(stream::iter(endless)),
+        images: Images { beside: None, access: Access::everything() },
+        columns: Columns::detect(good().schema_ref(), &ColumnOptions::default(), "rows").unwrap(),
+        preparer: Arc::new(
+            Preparer::new(1, (ImageSpec::blip(64), Tokenizer::bert_uncased()), 512, CaptionPolicy::default()).unwrap(),
+        ),
+        share: pool.queue().join(HEADS, Progress::default()),
+        budget: budget.clone(),
+        output: Output::Rows(rows),
+        first_row: 0,
+        fail_on_row: false,
+    };
+    runtime.block_on(async {
+        let job = tokio::spawn(run(stages));
+        let until = std::time::Instant::now() + TIMEOUT;
+        let chunks = chunks_max(3);
+        let rests = || read.load(Ordering::Relaxed) == chunks && budget.free() == whole;
+        while !rests() {
+            assert!(std::time::Instant::now() < until, "{read:?} chunks read, {:?} bytes free", budget.free());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(rests(), "no chunk is read without a ticket");
+        // A chunk that is taken lets the next one in.
+        drop(scored.recv().await.unwrap());
+        while read.load(Ordering::Relaxed) == chunks {
+            assert!(std::time::Instant::now() < until);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        drop(scored);
+        assert!(job.await.unwrap().is_ok(), "who does not listen any more is no failure");
+    });
 }

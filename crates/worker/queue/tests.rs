@@ -4,19 +4,25 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use capsieve_engine::{Checkpoint, Precision, Scorer, SyntheticSize};
 
+use tokio::sync::oneshot;
+
 use super::*;
 use crate::engine::Pool;
+use crate::limits::PART_PAIRS;
+use crate::prepare::row_score;
 
 const BOTH: Heads = Heads { itm: true, cosine: true };
 /// Long enough that nothing else happens by chance.
 const QUIET: Duration = Duration::from_millis(150);
 const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Scores pairs by their number; waits for a word before each batch and says how many images it had.
+/// Scores the first pair ever with 0, the next with 1 and so on; waits for a word before each batch and says how many images
+/// it had.
 struct Gated {
     info: Info,
     word: Receiver<()>,
     begun: Sender<usize>,
+    next: u16,
 }
 
 impl Scorer for Gated {
@@ -25,10 +31,14 @@ impl Scorer for Gated {
     }
 
     fn score(&mut self, batch: &Batch, out: &mut Vec<PairScore>) -> Result<(), capsieve_engine::Error> {
+        assert!(batch.tokens() <= BATCH_TOKENS, "{} tokens in a batch", batch.tokens());
         self.begun.send(batch.images()).unwrap();
         self.word.recv().unwrap();
         out.clear();
-        out.extend((0..batch.captions()).map(|_| PairScore { itm_logits: [0.0; 2], itm: 0.5, cosine: 0.5 }));
+        let first = self.next;
+        self.next += u16::try_from(batch.captions()).unwrap();
+        let score = |n| PairScore { itm_logits: [0.0; 2], itm: f32::from(n), cosine: 0.5 };
+        out.extend((first..self.next).map(score));
         Ok(())
     }
 }
@@ -44,7 +54,7 @@ fn bench(images_max: usize, latency: Option<Duration>) -> Bench {
     let config = Checkpoint::synthetic(SyntheticSize::Tiny, 0).config().clone();
     let info = Info { config, device: "none".to_owned(), precision: Precision::F32, images_max, tokens_max: 512 };
     let ((go, word), (begin, begun)) = (channel(), channel());
-    let pool = Pool::start(vec![Box::new(Gated { info, word, begun: begin })], latency, false);
+    let pool = Pool::start(vec![Box::new(Gated { info, word, begun: begin, next: 0 })], latency, false);
     Bench { pool, go, begun }
 }
 
@@ -64,7 +74,7 @@ impl Bench {
 }
 
 fn rows(count: usize, captions: usize) -> Vec<Result<ReadyRow, Fault>> {
-    let row = || Ok(ReadyRow { pixels: vec![0; 64 * 64 * 3], captions: vec![Ok(vec![101, 102]); captions] });
+    let row = || Ok(ReadyRow { pixels: vec![0; 64 * 64 * 3].into(), captions: vec![Ok(vec![101, 102]); captions] });
     (0..count).map(|_| row()).collect()
 }
 
@@ -98,6 +108,61 @@ fn a_small_call_does_not_wait_for_a_large_one() {
     assert!(is_done(&mut scores), "the small call is done with the first batch after it came");
     drop(large);
     bench.go.send(()).unwrap();
+}
+
+/// A row of so many captions of so many tokens each; every third one has no score.
+fn long_row(captions: usize, tokens: usize) -> Vec<Result<ReadyRow, Fault>> {
+    let caption = |i| if i % 3 == 2 { Err(Fault::new("null_caption", "")) } else { Ok(vec![7; tokens]) };
+    vec![Ok(ReadyRow { pixels: vec![0; 64 * 64 * 3].into(), captions: (0..captions).map(caption).collect() })]
+}
+
+#[test]
+fn a_row_of_many_captions_goes_in_parts_and_comes_back_whole() {
+    for (captions, tokens) in [(1, 2), (2, 512), (3000, 2), (900, 100), (100, 512), (3 * PART_PAIRS / 2, 2)] {
+        let bench = bench(8, Some(Duration::ZERO));
+        let (share, other) = (bench.join(), bench.join());
+        let mut scores = share.submit(long_row(captions, tokens), Held::default());
+        bench.batch();
+        let mut small = submit(&other, 1);
+        bench.go.send(()).unwrap();
+        let mut rows = loop {
+            match scores.0.try_recv() {
+                Ok(rows) => break rows.unwrap(),
+                Err(_) => {
+                    if bench.begun.recv_timeout(Duration::from_millis(5)).is_ok() {
+                        bench.go.send(()).unwrap();
+                    }
+                }
+            }
+        };
+        // The other call's pair took one of the numbers in between.
+        let row = rows.pop().unwrap();
+        assert_eq!((row.status, row.scores.len()), ("ok", captions));
+        let numbers: Vec<f32> = row.scores.iter().filter_map(|score| score.itm).collect();
+        assert_eq!(numbers.len(), captions - captions / 3);
+        assert!(numbers.is_sorted_by(|a, b| a < b), "in order: {numbers:?}");
+        assert!(row.scores.iter().enumerate().all(|(i, score)| score.fault.is_some() == (i % 3 == 2)));
+        drop(bench.go.send(()));
+        assert!(is_done(&mut small));
+    }
+}
+
+#[test]
+fn a_small_call_does_not_wait_for_a_row_of_many_captions() {
+    let bench = bench(8, Some(Duration::ZERO));
+    let (large, small) = (bench.join(), bench.join());
+    // 1.6 million tokens: four hundred batches.
+    let _large = large.submit(long_row(6000, 400), Held::default());
+    assert_eq!(bench.batch(), 1);
+    let mut scores = submit(&small, 4);
+    bench.go.send(()).unwrap();
+    for _ in 0..2 {
+        bench.batch();
+        bench.go.send(()).unwrap();
+    }
+    assert!(is_done(&mut scores), "within two batches");
+    drop(large);
+    drop(bench.go.send(()));
 }
 
 #[test]

@@ -1,0 +1,155 @@
+//! Where a job's rows come from, and the memory that reading a shard takes.
+//!
+//! A row group is held as it is stored while its rows are read. Calls take turns with that memory: one whose scores nobody
+//! takes gives it up, and so does one that has had it for long while another waits. What was given up is read again later.
+
+use std::time::Instant;
+
+use arrow_array::RecordBatch;
+use capsieve_store::{Batches, ImageKind, ShardReader};
+use futures::{Stream, StreamExt};
+
+use crate::budget::{Budget, Held};
+use crate::limits::{CHUNK_ROWS, CHUNK_URIS, ROW_GROUP_TURN};
+use crate::{Error, Result};
+
+/// Rows in batches of at most [`CHUNK_ROWS`].
+pub(crate) trait Rows: Send {
+    /// The next rows; none at the end.
+    fn next(&mut self) -> impl Future<Output = Result<Option<RecordBatch>>> + Send;
+
+    /// Nothing is asked for in a while: gives memory back.
+    fn pause(&mut self) {}
+}
+
+/// Rows that are in memory anyway.
+pub(crate) struct Ready<S>(pub(crate) S);
+
+impl<S: Stream<Item = capsieve_store::Result<RecordBatch>> + Send + Unpin> Rows for Ready<S> {
+    async fn next(&mut self) -> Result<Option<RecordBatch>> {
+        Ok(self.0.next().await.transpose()?)
+    }
+}
+
+/// The rows of a shard.
+pub(crate) struct ShardRows {
+    batches: Batches,
+    budget: Budget,
+    /// What reading takes.
+    bytes: usize,
+    /// Since when it is held.
+    held: Option<(Held, Instant)>,
+}
+
+impl ShardRows {
+    /// The rows from `first` on; `budget` is for the memory of row groups.
+    pub(crate) fn new(reader: ShardReader, first: u64, budget: &Budget) -> Result<Self> {
+        // Images of addresses may each be large: fewer travel together.
+        let rows = if reader.columns().image_kind == ImageKind::Uri { CHUNK_URIS } else { CHUNK_ROWS };
+        let bytes = reader.reading_bytes(rows);
+        if let Some(limit) = budget.bytes_max().filter(|limit| bytes > *limit as u64) {
+            return Err(Error::RowGroup { uri: reader.uri().to_owned(), bytes, limit: limit as u64 });
+        }
+        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+        Ok(Self { batches: reader.into_batches_from(first, rows), budget: budget.clone(), bytes, held: None })
+    }
+}
+
+impl Rows for ShardRows {
+    async fn next(&mut self) -> Result<Option<RecordBatch>> {
+        let long = self.held.as_ref().is_some_and(|(_, since)| since.elapsed() >= ROW_GROUP_TURN);
+        if long && self.budget.is_wanted() {
+            self.pause();
+        }
+        if self.held.is_none() {
+            self.held = Some((self.budget.take(self.bytes).await, Instant::now()));
+        }
+        Ok(self.batches.next().await?)
+    }
+
+    fn pause(&mut self) {
+        self.batches.pause();
+        self.held = None;
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+mod tests {
+    use std::time::Duration;
+
+    use capsieve_store::{ColumnOptions, Location};
+    use tempfile::TempDir;
+
+    use super::*;
+
+    async fn reader(folder: &TempDir) -> ShardReader {
+        let path = folder.path().join("demo.parquet");
+        std::fs::write(&path, crate::demo::SHARD).unwrap();
+        let location = Location::parse(path.to_str().unwrap()).unwrap();
+        ShardReader::open(&location, &ColumnOptions::default()).await.unwrap()
+    }
+
+    async fn all(rows: &mut ShardRows, pauses: bool) -> Vec<RecordBatch> {
+        let mut batches = Vec::new();
+        while let Some(batch) = rows.next().await.unwrap() {
+            batches.push(batch);
+            if pauses {
+                rows.pause();
+            }
+        }
+        batches
+    }
+
+    #[tokio::test]
+    async fn rows_are_the_same_with_pauses() {
+        let folder = tempfile::tempdir().unwrap();
+        let reader = reader(&folder).await;
+        let bytes = usize::try_from(reader.reading_bytes(CHUNK_ROWS)).unwrap();
+        let budget = Budget::new(bytes + bytes / 2);
+        for first in [0, 1, 45, reader.rows()] {
+            let rows = || ShardRows::new(reader.clone(), first, &budget).unwrap();
+            let whole = all(&mut rows(), false).await;
+            let paused = all(&mut rows(), true).await;
+            let count = |batches: &[RecordBatch]| batches.iter().map(RecordBatch::num_rows).sum::<usize>() as u64;
+            assert_eq!((count(&whole), count(&paused)), (reader.rows() - first, reader.rows() - first));
+            let schema = reader.schema();
+            let join = |batches: &[RecordBatch]| arrow_select::concat::concat_batches(schema, batches).unwrap();
+            assert!(join(&whole) == join(&paused), "from row {first}");
+        }
+        assert_eq!(budget.free(), budget.bytes_max(), "all is given back");
+    }
+
+    #[tokio::test]
+    async fn calls_take_turns_with_the_memory_of_row_groups() {
+        let folder = tempfile::tempdir().unwrap();
+        let reader = reader(&folder).await;
+        let bytes = usize::try_from(reader.reading_bytes(CHUNK_ROWS)).unwrap();
+        // For one of them.
+        let budget = Budget::new(bytes + bytes / 2);
+        let new = || ShardRows::new(reader.clone(), 0, &budget).unwrap();
+        let (mut first, mut second) = (new(), new());
+        first.next().await.unwrap();
+        let mut waiting = Box::pin(second.next());
+        assert!(futures::poll!(&mut waiting).is_pending());
+        // Its turn is not over.
+        first.next().await.unwrap();
+        assert!(futures::poll!(&mut waiting).is_pending());
+        let long_ago = Instant::now().checked_sub(ROW_GROUP_TURN + Duration::from_millis(1)).unwrap();
+        first.held.as_mut().unwrap().1 = long_ago;
+        let mut again = Box::pin(first.next());
+        // The first gives its memory up and stands behind the second.
+        assert!(futures::poll!(&mut again).is_pending());
+        waiting.await.unwrap().unwrap();
+        assert!(futures::poll!(&mut again).is_pending());
+        second.pause();
+        assert!(again.await.unwrap().is_some());
+    }
+
+    #[tokio::test]
+    async fn a_row_group_that_never_fits_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = ShardRows::new(reader(&folder).await, 0, &Budget::new(10_000)).err().unwrap();
+        assert!(matches!(&error, Error::RowGroup { uri, .. } if uri.ends_with("demo.parquet")), "{error}");
+    }
+}
