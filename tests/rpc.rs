@@ -6,4 +6,6 @@ mod operations;
 mod resume;
 mod security;
 mod server;
+#[cfg(unix)]
+mod sinks;
 mod stress;

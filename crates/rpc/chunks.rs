@@ -27,7 +27,8 @@ impl Format {
 /// The chunks of some rows, in order, made one at a time: a row may have thousands of captions, each with its key.
 pub(crate) fn chunks(scored: &ScoredRows, format: Format) -> impl Iterator<Item = v1::ScoreChunk> {
     let mut entries = all(scored).peekable();
-    let token = |row, caption| scored.position.as_ref().map(|position| position.token(row, caption)).unwrap_or_default();
+    let token =
+        |row, caption| scored.position.as_ref().map(|position| position.token(row, caption)).unwrap_or_default();
     std::iter::from_fn(move || {
         let mut builder = Builder::new(scored.shard, format);
         while let Some(entry) = entries.next_if(|entry| builder.takes(entry)) {

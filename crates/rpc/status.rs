@@ -26,7 +26,9 @@ pub fn of(error: &Error) -> Status {
 fn field(error: &Error) -> Option<&'static str> {
     match error {
         Error::Token { .. } => Some("shards.resume_tokens"),
-        Error::Sink { .. } | Error::SinkUri(_) | Error::SinkInside { .. } | Error::SameObject { .. } => Some("sink.uri"),
+        Error::Sink { .. } | Error::SinkUri(_) | Error::SinkInside { .. } | Error::SameObject { .. } => {
+            Some("sink.uri")
+        }
         Error::TooManyShards { .. } | Error::Store(_) => Some("shards.uris"),
         _ => None,
     }

@@ -396,8 +396,7 @@ mod tests {
     async fn a_task_that_panics_is_an_error_after_its_events() {
         let (sender, received) = channel::<Result<Event>>(1);
         let task = tokio::spawn(async move {
-            let rows =
-                ScoredRows {
+            let rows = ScoredRows {
                 shard: 0,
                 first_row: 0,
                 first_caption: 0,

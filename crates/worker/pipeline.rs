@@ -25,9 +25,9 @@ use crate::limits::{
     CHUNKS_PREPARED, CHUNKS_READ, FETCHES, IMAGE_BYTES_MAX, READER_STALLS, TOKENS_FACTOR, chunks_max, chunks_open,
 };
 use crate::prepare::{Fault, Preparer, ReadyRow, chain};
-use crate::scores::Scores;
 use crate::queue::Share;
 use crate::rows::Rows;
+use crate::scores::Scores;
 use crate::{Error, Result};
 
 /// The right to have a chunk between reading and whoever takes its scores.

@@ -17,11 +17,11 @@ use std::time::{Duration, Instant};
 use capsieve_engine::{Batch, Heads, Info, PairScore};
 use tokio::sync::Notify;
 
+use crate::Progress;
 use crate::budget::Held;
-use crate::scores::{Awaited, CaptionResult, Scores};
 use crate::limits::{BATCH_TOKENS, QUANTUM_PAIRS};
 use crate::prepare::{Fault, ReadyRow};
-use crate::Progress;
+use crate::scores::{Awaited, CaptionResult, Scores};
 
 /// Rows of all calls that wait for an engine.
 pub(crate) struct Queue {

@@ -153,6 +153,8 @@ fn every_refusal_has_its_code_and_names_what_is_wrong() {
     let cases: Vec<(v1::ScoreBatchRequest, Code, &str)> = vec![
         (shard("in/none.parquet"), Code::NotFound, "NOT_FOUND"),
         (shard("out/empty/"), Code::NotFound, "NOT_FOUND"),
+        (shard("in/a.parquet/b.parquet"), Code::NotFound, "NOT_FOUND"),
+        (shard(&format!("in/{}.parquet", "n".repeat(300))), Code::InvalidArgument, "URI_INVALID"),
         (shard("in/text.parquet"), Code::FailedPrecondition, "SHARD_UNREADABLE"),
         (of_shards(&["/etc/hostname".to_owned()]), Code::PermissionDenied, "URI_NOT_ALLOWED"),
         (of_shards(&["s3://bucket/a.parquet".to_owned()]), Code::InvalidArgument, "URI_INVALID"),
@@ -189,6 +191,47 @@ fn every_refusal_has_its_code_and_names_what_is_wrong() {
         assert!(answer.status().message().contains("20000"), "the limit is said");
         // After all that the worker still works.
         assert_eq!(call(&mut client, pair()).await.entries().len(), 1);
+    });
+}
+
+#[test]
+fn one_shard_by_many_names_is_scored_once() {
+    let shards = Shards::new(&[20]);
+    #[cfg(unix)]
+    std::os::unix::fs::symlink(shards.path("in/a.parquet"), shards.path("link.parquet")).unwrap();
+    let server = Server::start(&["--allow-uri", &shards.root()]);
+    let file = format!("file://{}", shards.text("in/a.parquet"));
+    let names = [shards.text("in/a.parquet"), shards.text("out/../in/a.parquet"), file, shards.text("in") + "/"];
+    let link = cfg!(unix).then(|| shards.text("link.parquet"));
+    let names: Vec<String> = names.into_iter().chain(link).collect();
+    wait(async {
+        let answer = call(&mut server.client().await, of_shards(&names)).await;
+        assert_eq!((answer.entries().len(), answer.summary().shards), (20, 1));
+    });
+}
+
+#[test]
+fn a_long_list_of_shards_comes_in_several_messages() {
+    let shards = Shards::new(&[1]);
+    let deep = format!("in/{}/{}", "d".repeat(200), "e".repeat(200));
+    std::fs::create_dir_all(shards.path(&deep)).unwrap();
+    for number in 0..3000 {
+        std::fs::hard_link(shards.path("in/a.parquet"), shards.path(&format!("{deep}/{number:05}.parquet"))).unwrap();
+    }
+    let server = Server::start(&["--allow-uri", &shards.root()]);
+    wait(async {
+        // A client with gRPC's usual limit.
+        let mut client = server.client().await.max_decoding_message_size(4 << 20);
+        let answer = call(&mut client, of_shards(&[shards.text("in") + "/"])).await;
+        let parts = answer.events.iter().map_while(|event| match event {
+            Event::Started(started) => Some(started.shards.clone()),
+            _ => None,
+        });
+        let parts: Vec<Vec<String>> = parts.collect();
+        assert!(parts.len() > 1 && parts.iter().all(|part| !part.is_empty()));
+        let listed = parts.concat();
+        assert_eq!((listed.len(), answer.summary().shards), (3001, 3001));
+        assert!(listed.is_sorted());
     });
 }
 

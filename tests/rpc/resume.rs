@@ -1,10 +1,14 @@
 //! Calls that are cut, and go on: every row exactly once.
 
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, RecordBatch, StringArray};
 use capsieve_rpc::v1::score_batch_response::Event;
+use sha2::{Digest, Sha256};
 use tonic::Code;
 
 use super::server::{Entry, Server, Shards, call, of_chunk, of_shards, wait, with_tokens};
-use crate::support::{program, run};
+use crate::support::{list_shard, picture, program, run, write_parquet};
 
 #[test]
 fn a_call_cut_after_any_message_goes_on_with_the_next_row() {
@@ -37,6 +41,109 @@ fn a_call_cut_after_any_message_goes_on_with_the_next_row() {
             assert_eq!(got.len(), want.len(), "cut after {cut} messages");
             assert!(got.iter().zip(&want).all(|(got, want)| got.1 == want.1 && got.3 == want.3), "cut after {cut}");
         }
+    });
+}
+
+/// One row of many captions with long keys fills several chunks, and is cut between any two of them.
+#[test]
+fn a_call_cut_within_a_row_goes_on_with_its_next_caption() {
+    let shards = Shards::new(&[]);
+    let captions = |count: usize| Some((0..count).map(|i| Some(format!("caption {i}"))).collect());
+    let rows =
+        vec![(Some(picture(1)), captions(2)), (Some(picture(2)), captions(2500)), (Some(picture(3)), captions(3))];
+    let batch = list_shard(&rows);
+    let keys = (0..3).map(|row| Some(format!("{row}").repeat(4000))).collect::<StringArray>();
+    let columns = vec![Arc::new(keys) as ArrayRef, batch.column(1).clone(), batch.column(2).clone()];
+    write_parquet(&shards.path("in/a.parquet"), &RecordBatch::try_new(batch.schema(), columns).unwrap(), 10);
+    let server = Server::start(&["--allow-uri", &shards.root()]);
+    let request = of_shards(&[shards.text("in/a.parquet")]);
+    wait(async {
+        let mut client = server.client().await;
+        let whole = call(&mut client, request.clone()).await;
+        let want = whole.entries();
+        assert_eq!(want.len(), 2505);
+        let chunks: Vec<_> = whole
+            .events
+            .iter()
+            .filter_map(|event| if let Event::Chunk(chunk) = event { Some(chunk) } else { None })
+            .collect();
+        assert!(chunks.len() > 4, "{} chunks", chunks.len());
+        let mut got = Vec::new();
+        for chunk in &chunks {
+            got.extend(of_chunk(chunk));
+            let token = chunk.resume_token.to_vec();
+            let rest = call(&mut client, with_tokens(request.clone(), vec![token])).await.entries();
+            let both: Vec<Entry> = got.iter().cloned().chain(rest).collect();
+            let places = |entries: &[Entry]| entries.iter().map(|entry| (entry.1, entry.2)).collect::<Vec<_>>();
+            assert_eq!(places(&both), places(&want), "cut after {} entries", got.len());
+        }
+    });
+}
+
+/// A token as it would be with other numbers in it.
+fn forged(token: &[u8], row: u64, caption: u64) -> Vec<u8> {
+    let mut fields: serde_json::Value = serde_json::from_slice(&token[9..]).unwrap();
+    (fields["r"], fields["c"]) = (row.into(), caption.into());
+    let json = serde_json::to_vec(&fields).unwrap();
+    [&token[..1], &Sha256::digest(&json)[..8], &json].concat()
+}
+
+#[test]
+fn positions_that_are_nowhere_are_refused() {
+    let shards = Shards::new(&[50]);
+    let server = Server::start(&["--allow-uri", &shards.root()]);
+    let request = of_shards(&[shards.text("in/a.parquet")]);
+    wait(async {
+        let mut client = server.client().await;
+        let whole = call(&mut client, request.clone()).await;
+        let token = whole.events.iter().find_map(|event| match event {
+            Event::Chunk(chunk) => Some(chunk.resume_token.to_vec()),
+            _ => None,
+        });
+        let token = token.unwrap();
+        for (row, caption, want) in [
+            (49, 0, Ok(1)),
+            (50, 0, Ok(0)),
+            (51, 0, Err(())),
+            (u64::MAX, 0, Err(())),
+            (7, 1, Err(())),
+            (7, u64::MAX, Err(())),
+        ] {
+            let answer = call(&mut client, with_tokens(request.clone(), vec![forged(&token, row, caption)])).await;
+            match want {
+                Ok(entries) => assert_eq!(answer.entries().len(), entries),
+                Err(()) => assert_eq!(answer.status().code(), Code::InvalidArgument, "row {row}, caption {caption}"),
+            }
+        }
+    });
+}
+
+/// The image of a row is gone when its call goes on: the captions that were not sent yet are failures, none is lost.
+#[test]
+fn a_row_that_fails_when_it_is_resumed_says_so_for_the_rest_of_its_captions() {
+    let shards = Shards::new(&[]);
+    std::fs::write(shards.path("in/1.png"), picture(1)).unwrap();
+    let captions: Option<Vec<_>> = Some((0..2500).map(|i| Some(format!("caption {i}"))).collect());
+    let batch = list_shard(&[(Some(picture(0)), captions)]);
+    let key: ArrayRef = Arc::new(StringArray::from(vec!["k".repeat(4000)]));
+    let columns = [
+        ("key", key),
+        ("image", Arc::new(StringArray::from(vec!["1.png"])) as ArrayRef),
+        ("caption", batch.column(2).clone()),
+    ];
+    write_parquet(&shards.path("in/a.parquet"), &RecordBatch::try_from_iter(columns).unwrap(), 10);
+    let server = Server::start(&["--allow-uri", &shards.root()]);
+    let request = of_shards(&[shards.text("in/a.parquet")]);
+    wait(async {
+        let mut client = server.client().await;
+        let whole = call(&mut client, request.clone()).await;
+        let first =
+            whole.events.iter().find_map(|event| if let Event::Chunk(chunk) = event { Some(chunk) } else { None });
+        let (sent, token) = (first.unwrap().row.len(), first.unwrap().resume_token.to_vec());
+        std::fs::remove_file(shards.path("in/1.png")).unwrap();
+        let rest = call(&mut client, with_tokens(request, vec![token])).await.entries();
+        let want = (0, u32::try_from(sent).unwrap(), "fetch_failed");
+        assert_eq!(rest.iter().map(|entry| (entry.1, entry.2, entry.5.as_str())).collect::<Vec<_>>(), [want]);
     });
 }
 

@@ -2,12 +2,17 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use arrow::array::{ArrayRef, RecordBatch, StringArray};
 use capsieve_rpc::v1::score_batch_response::Event;
+use capsieve_rpc::v1::scoring_service_client::ScoringServiceClient;
 use tonic::Request;
+use tonic::transport::Channel;
 
 use super::server::{Server, Shards, call, of_pairs, of_shards, pairs, wait};
+use crate::support::{shard, write_parquet};
 
 /// A gauge of the metrics.
 fn gauge(server: &Server, name: &str) -> f64 {
@@ -57,33 +62,67 @@ fn five_hundred_clients_that_vanish_leave_nothing() {
     wait(async { assert_eq!(call(&mut server.client().await, request()).await.entries().len(), 600) });
 }
 
+/// A client that takes next to nothing on its own: the rest waits in the worker.
+async fn narrow(server: &Server) -> ScoringServiceClient<Channel> {
+    let endpoint = Channel::from_shared(server.endpoint()).unwrap();
+    let endpoint = endpoint.initial_stream_window_size(65_535).initial_connection_window_size(65_535);
+    ScoringServiceClient::new(endpoint.connect().await.unwrap()).max_decoding_message_size(8 << 20)
+}
+
+/// 3000 rows of one row group; keys of 4 KB make 12 MB of the scores, and of the row group.
+fn wide_shard(path: &std::path::Path) {
+    let batch = shard(&pairs(3000, 0));
+    let mut state = 1_u64;
+    let mut key = || {
+        std::iter::repeat_with(|| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            char::from(b'!' + (state >> 58) as u8)
+        })
+        .take(4000)
+        .collect::<String>()
+    };
+    let keys: StringArray = (0..3000).map(|_| Some(key())).collect();
+    let columns = vec![Arc::new(keys) as ArrayRef, batch.column(1).clone(), batch.column(2).clone()];
+    write_parquet(path, &RecordBatch::try_new(batch.schema(), columns).unwrap(), 3000);
+}
+
 #[test]
-fn a_stalled_reader_stalls_nobody_else() {
-    let shards = Shards::new(&[3000]);
-    let server = Server::start(&["--allow-uri", &shards.root(), "--metrics-listen", "127.0.0.1:0"]);
+fn stalled_readers_stall_nobody_else() {
+    let shards = Shards::new(&[40]);
+    wide_shard(&shards.path("in/wide.parquet"));
+    let rows = 3000;
+    // 32 MiB for chunks, 16 for row groups: one of these at a time.
+    let arguments = ["--allow-uri", &shards.root(), "--memory-limit", &(64 << 20).to_string()];
+    let server = Server::start(&[&arguments[..], &["--metrics-listen", "127.0.0.1:0"]].concat());
     wait(async {
         let mut stalled = Vec::new();
-        for _ in 0..20 {
-            let mut client = server.client().await;
-            let mut stream = client.score_batch(of_shards(&[shards.text("in/a.parquet")])).await.unwrap().into_inner();
-            stream.message().await.unwrap().unwrap();
-            stalled.push((client, stream));
+        for _ in 0..16 {
+            let mut client = narrow(&server).await;
+            let request = of_shards(&[shards.text("in/wide.parquet")]);
+            let mut stream = client.score_batch(request).await.unwrap().into_inner();
+            // Every one of them gets to its first scores though all before it have stopped reading.
+            let first = loop {
+                if let Some(Event::Chunk(chunk)) = stream.message().await.unwrap().unwrap().event {
+                    break chunk.row.len();
+                }
+            };
+            stalled.push((client, stream, first));
         }
         let mut client = server.client().await;
-        let begun = Instant::now();
-        for _ in 0..20 {
+        for _ in 0..10 {
             assert_eq!(call(&mut client, of_pairs(&pairs(10, 0))).await.entries().len(), 10);
+            assert_eq!(call(&mut client, of_shards(&[shards.text("in/a.parquet")])).await.entries().len(), 40);
         }
-        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
-        // Who reads on gets everything.
-        let (_, mut stream) = stalled.pop().unwrap();
-        let mut rows = 0;
+        assert_eq!(gauge(&server, "capsieve_calls_in_flight"), 16.0, "they do stall");
+        // Who reads on gets everything, once.
+        let (_client, mut stream, mut got) = stalled.pop().unwrap();
         while let Some(message) = stream.message().await.unwrap() {
             if let Some(Event::Chunk(chunk)) = message.event {
-                rows += chunk.row.len();
+                assert_eq!(chunk.row[0], got as u64);
+                got += chunk.row.len();
             }
         }
-        assert_eq!(rows, 3000);
+        assert_eq!(got, rows);
     });
     comes_to_rest(&server);
 }

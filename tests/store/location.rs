@@ -8,6 +8,10 @@ use object_store::path::Path;
 
 use super::{at, listed, wait};
 
+fn whole(location: &Location, limit: u64) -> capsieve_store::Result<bytes::Bytes> {
+    wait(async { location.get(&location.head_within(limit).await?).await })
+}
+
 #[test]
 fn spellings_of_a_file() {
     let folder = tempfile::tempdir().unwrap();
@@ -21,12 +25,12 @@ fn spellings_of_a_file() {
         let other = Location::parse(spelling).unwrap();
         assert!(plain.same_object(&other), "{spelling}");
         assert_eq!(other.to_string(), spelling);
-        assert_eq!(wait(other.get(5)).unwrap(), "12345");
+        assert_eq!(whole(&other, 5).unwrap(), "12345");
     }
     let info = wait(plain.head()).unwrap();
     assert_eq!(info.size, 5);
     assert!(info.e_tag.is_some() && info.modified.elapsed().unwrap().as_secs() < 3600);
-    assert!(matches!(wait(plain.get(4)), Err(Error::TooLarge { size: 5, limit: 4, .. })));
+    assert!(matches!(whole(&plain, 4), Err(Error::TooLarge { size: 5, limit: 4, .. })));
     assert_eq!(plain.file_name(), "a b%20ü.parquet");
 }
 
@@ -99,7 +103,7 @@ fn siblings_and_references() {
     let absolute = folder.path().join("images/1.jpg");
     let uri = format!("file://{}", absolute.display());
     for reference in ["images/1.jpg", "./images/1.jpg", absolute.to_str().unwrap(), &uri] {
-        assert_eq!(wait(shard.resolve(reference).unwrap().get(10)).unwrap(), "one", "{reference}");
+        assert_eq!(whole(&shard.resolve(reference).unwrap(), 10).unwrap(), "one", "{reference}");
     }
     assert!(matches!(shard.resolve("https://host/1.jpg"), Err(Error::UnsupportedScheme { .. })));
     assert!(shard.resolve("").is_err());
@@ -110,10 +114,10 @@ fn stores_that_are_not_files_work_alike() {
     let store = Arc::new(InMemory::new());
     let shard = Location::in_store(store, Path::from("data/0.parquet"), "memory://data/0.parquet");
     wait(shard.put(bytes::Bytes::from_static(b"abc"))).unwrap();
-    assert_eq!(wait(shard.get(3)).unwrap(), "abc");
+    assert_eq!(whole(&shard, 3).unwrap(), "abc");
     assert_eq!(shard.sibling("1.parquet").to_string(), "memory://data/1.parquet");
     wait(shard.sibling("1.jpg").put(bytes::Bytes::from_static(b"jpg"))).unwrap();
-    assert_eq!(wait(shard.resolve("1.jpg").unwrap().get(3)).unwrap(), "jpg");
+    assert_eq!(whole(&shard.resolve("1.jpg").unwrap(), 3).unwrap(), "jpg");
     assert!(shard.same_object(&shard.sibling("0.parquet")));
     wait(shard.delete()).unwrap();
     assert!(!wait(shard.exists()).unwrap());
@@ -126,7 +130,7 @@ fn statistics_lie_beside_the_shard() {
     for rows in [1, 2] {
         let location = wait(write_stats(&shard, &serde_json::json!({ "rows": rows }))).unwrap();
         assert_eq!(location.file_name(), "00000.stats.json");
-        let read: serde_json::Value = serde_json::from_slice(&wait(location.get(1000)).unwrap()).unwrap();
+        let read: serde_json::Value = serde_json::from_slice(&whole(&location, 1000).unwrap()).unwrap();
         assert_eq!(read["rows"], rows);
     }
     assert_eq!(listed(folder.path()), ["00000.stats.json"]);
