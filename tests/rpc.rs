@@ -3,7 +3,9 @@
 mod calls;
 mod limits;
 mod operations;
+mod perimeter;
 mod resume;
 mod security;
 mod server;
 mod stress;
+mod tls;
