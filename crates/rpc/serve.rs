@@ -166,8 +166,10 @@ pub async fn serve(
     let mut server = tokio::spawn(router.serve_with_incoming_shutdown(connections, shutdown));
     let ended = async {
         let loaded = tokio::select! {
-            loaded = load => loaded?,
+            // First, so that a signal is heard from the start.
+            biased;
             () = stop() => return Ok(()),
+            loaded = load => loaded?,
         };
         crate::metrics::build_info(loaded.info());
         let broken = Arc::clone(&loaded);

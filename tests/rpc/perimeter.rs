@@ -194,7 +194,7 @@ fn idle_connections_make_room_and_busy_ones_stay() {
 
 #[test]
 fn health_checks_without_a_token_take_nothing_from_others() {
-    let server = guarded(&Shards::new(&[]));
+    let server = guarded(&Shards::new(&[]), &[]);
     wait(async {
         let mut checks = JoinSet::new();
         let mut channels = Vec::new();
