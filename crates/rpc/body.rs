@@ -43,10 +43,11 @@ pub(crate) struct LimitedBody {
 }
 
 impl LimitedBody {
-    /// Limits `body` to a message of `bytes_max`; it holds `room` until it is here.
+    /// Limits `body` to `bytes_max`; it holds `room` until it is here.
     pub(crate) fn new(body: Body, timeout: Duration, bytes_max: usize, room: Room) -> Self {
         let late = Box::pin(tokio::time::sleep(timeout));
-        let left = bytes_max + MESSAGE_HEAD_BYTES;
+        // What clients are told of calls is the size of a message; of the others nobody needs to know it to the byte.
+        let left = if matches!(room, Room::Call(_)) { bytes_max + MESSAGE_HEAD_BYTES } else { bytes_max };
         Self { body, late, bytes_max, left, room, here: BytesMut::new(), over: false }
     }
 

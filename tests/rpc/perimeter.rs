@@ -96,7 +96,7 @@ fn small_on_the_wire_is_not_large_in_memory() {
     let server = Server::start(&[]);
     let (_, before) = server.memory();
     let most = (16 << 20) - 64;
-    let empty = |number: u8| vec![number << 3 | 2, 0].repeat(most / 2);
+    let empty = |number: u8| [number << 3 | 2, 0].repeat(most / 2);
     wait(async {
         let channel = connect(&server).await;
         for (message, name) in [

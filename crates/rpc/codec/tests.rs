@@ -35,7 +35,7 @@ fn refused(wire: Vec<u8>) -> String {
 fn ordinary() -> [v1::ScoreBatchRequest; 2] {
     let item = |i: u8| v1::ImageCaptions {
         key: format!("key {i}"),
-        image: Some(if i % 2 == 0 {
+        image: Some(if i.is_multiple_of(2) {
             Image::ImageBytes(vec![i; 5000].into())
         } else {
             Image::ImageUri("/data/a.png".to_owned())
@@ -118,8 +118,8 @@ fn what_is_no_request_is_the_clients_fault() {
         vec![0x0b, 0x0c],                                  // `pairs` as a group.
         vec![0x0c],                                        // The end of a group that did not begin.
         vec![0x9b, 0x06],                                  // A group that does not end.
-        vec![0x9b, 0x06].repeat(200),                      // Nested beyond every limit.
-        vec![0x9b, 0x06].repeat(1 << 20),
+        [0x9b, 0x06].repeat(200),                          // Nested beyond every limit.
+        [0x9b, 0x06].repeat(1 << 20),
         vec![0x00, 1],                           // Field 0.
         vec![0x0e, 1],                           // A kind that does not exist.
         vec![0xff; 20],                          // A number without an end.
