@@ -3,9 +3,11 @@
 mod calls;
 mod limits;
 mod operations;
+mod perimeter;
 mod resume;
 mod security;
 mod server;
 #[cfg(unix)]
 mod sinks;
 mod stress;
+mod tls;

@@ -1,127 +1,90 @@
-//! What a request meets before its message is read: is the worker ready, who asks, and is there room for another call.
+//! What a request meets before its message is read: who asks, is the worker ready, is there room, and for how long.
 //!
-//! Messages are decoded only for calls that were admitted, so their memory is bounded by calls times message size.
+//! A call takes its place when its request is here and read, not before: requests that are arriving are bounded apart, so
+//! nobody holds a place by sending half of one. Messages are decompressed and decoded when they are whole, just before they take
+//! their place, so memory of requests is bounded by places times message size, and as much again for those that arrive.
 
-use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 
 use http::{HeaderValue, Request, Response};
-use sha2::{Digest, Sha256};
-use subtle::{Choice, ConstantTimeEq};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tonic::body::Body;
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 
-use crate::body::LimitedBody;
+use crate::activity::{Activity, InFlight};
+use crate::arrivals::Arrivals;
+use crate::body::{AnswerBody, LimitedBody, Room};
+use crate::deadline;
 use crate::serve::Phase;
 use crate::status;
+use crate::tokens::Tokens;
 
 const SCORE_BATCH: &str = "/capsieve.v1.ScoringService/ScoreBatch";
 const HEALTH: &str = "/grpc.health.v1.Health/";
 /// Time and bytes for requests of every other method: names and addresses.
 const SMALL_TIMEOUT: Duration = Duration::from_secs(30);
 const SMALL_BYTES_MAX: usize = 64 << 10;
-/// A token file is looked at this often at most.
-const TOKENS_AGE: Duration = Duration::from_secs(1);
-/// Bytes of a token file at most.
-const TOKENS_BYTES_MAX: u64 = 1 << 20;
+/// The same for health checks without a token: the name of a service.
+const STRANGER_TIMEOUT: Duration = Duration::from_secs(5);
+const STRANGER_BYTES_MAX: usize = 1 << 10;
 
-/// Bearer tokens from a file, one a line; read again when the file changes.
+/// A place that a call takes, until it is dropped.
 #[derive(Debug)]
-pub struct Tokens {
-    path: PathBuf,
-    known: Mutex<Known>,
-}
-
-#[derive(Debug)]
-struct Known {
-    /// SHA-256 of each: comparing hashes in constant time says nothing about the tokens.
-    hashes: Vec<[u8; 32]>,
-    written: Option<SystemTime>,
-    looked: Instant,
-}
-
-impl Tokens {
-    /// Reads the file.
-    ///
-    /// # Errors
-    /// It cannot be read or holds no token.
-    pub fn open(path: &Path) -> std::io::Result<Self> {
-        let (hashes, written) = read(path)?;
-        let known = Mutex::new(Known { hashes, written, looked: Instant::now() });
-        Ok(Self { path: path.to_owned(), known })
-    }
-
-    /// Whether a request's `authorization` is one of the tokens.
-    pub fn accept(&self, header: Option<&HeaderValue>) -> bool {
-        let Some(token) = header.and_then(|value| value.as_bytes().strip_prefix(b"Bearer ")) else { return false };
-        let hash = Sha256::digest(token);
-        let mut known = self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if known.looked.elapsed() >= TOKENS_AGE {
-            known.looked = Instant::now();
-            self.renew(&mut known);
-        }
-        let same = |accepted: Choice, one: &[u8; 32]| accepted | one.ct_eq(hash.as_slice());
-        known.hashes.iter().fold(Choice::from(0), same).into()
-    }
-
-    fn renew(&self, known: &mut Known) {
-        let written = std::fs::metadata(&self.path).and_then(|meta| meta.modified()).ok();
-        if written == known.written {
-            return;
-        }
-        match read(&self.path) {
-            Ok((hashes, written)) => (known.hashes, known.written) = (hashes, written),
-            // A file that is being replaced must not lock everybody out.
-            Err(error) => tracing::warn!("{}: {error}: the tokens stay as they were", self.path.display()),
-        }
-    }
-}
-
-fn read(path: &Path) -> std::io::Result<(Vec<[u8; 32]>, Option<SystemTime>)> {
-    let meta = std::fs::metadata(path)?;
-    if meta.len() > TOKENS_BYTES_MAX {
-        return Err(std::io::Error::other("too large for a file of tokens"));
-    }
-    let text = std::fs::read_to_string(path)?;
-    let lines = text
-        .trim_start_matches('\u{feff}')
-        .lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty() && !line.starts_with('#'));
-    let hashes: Vec<[u8; 32]> = lines.map(|token| Sha256::digest(token).into()).collect();
-    if hashes.is_empty() {
-        return Err(std::io::Error::other("it holds no token: one a line is expected"));
-    }
-    Ok((hashes, meta.modified().ok()))
-}
-
-/// Room that a call takes, until it is dropped. Travels in the request's extensions.
-#[derive(Clone, Debug)]
 pub(crate) struct Admitted {
-    _room: Arc<Room>,
-}
-
-#[derive(Debug)]
-struct Room {
     _permit: OwnedSemaphorePermit,
 }
 
-impl Room {
+impl Admitted {
     fn new(permit: OwnedSemaphorePermit) -> Self {
         metrics::gauge!("capsieve_calls_in_flight").increment(1.0);
         Self { _permit: permit }
     }
 }
 
-impl Drop for Room {
+impl Drop for Admitted {
     fn drop(&mut self) {
         metrics::gauge!("capsieve_calls_in_flight").decrement(1.0);
     }
+}
+
+/// Places for calls.
+#[derive(Clone)]
+pub(crate) struct Admission {
+    pub(crate) calls: Arc<Semaphore>,
+    pub(crate) phase: watch::Receiver<Phase>,
+}
+
+impl Admission {
+    /// A place for a call whose request is here. It may be gone, and a drain begun, since the request was let in.
+    pub(crate) fn admit(&self) -> Result<Admitted, Status> {
+        let taken = Arc::clone(&self.calls).try_acquire_owned();
+        // Only now: a drain that begins after this look waits for the place.
+        self.ready()?;
+        taken.map(Admitted::new).map_err(|_| full())
+    }
+
+    /// Whether a request may be sent at all, so that nobody sends it in vain.
+    fn let_in(&self) -> Result<(), Status> {
+        self.ready()?;
+        if self.calls.available_permits() == 0 { Err(full()) } else { Ok(()) }
+    }
+
+    fn ready(&self) -> Result<(), Status> {
+        let unavailable = |reason, why| Err(status::with_reason(Code::Unavailable, reason, why));
+        match *self.phase.borrow() {
+            Phase::Loading => unavailable("NOT_READY", "the worker is loading its model"),
+            Phase::Draining | Phase::Cut => unavailable("DRAINING", "the worker is draining: ask another one"),
+            Phase::Serving => Ok(()),
+        }
+    }
+}
+
+fn full() -> Status {
+    status::exhausted("the worker has as many calls as it takes")
 }
 
 /// See the module.
@@ -130,48 +93,46 @@ pub(crate) struct Gate {
     pub(crate) tokens: Option<Arc<Tokens>>,
     /// Lets health checks through without a token.
     pub(crate) open_health: bool,
-    pub(crate) calls: Arc<Semaphore>,
+    pub(crate) admission: Admission,
+    pub(crate) arrivals: Arc<Arrivals>,
     /// Requests of other methods that are arriving.
     pub(crate) small: Arc<Semaphore>,
-    pub(crate) phase: watch::Receiver<Phase>,
-    /// A call's request must have arrived by then.
+    /// A call's request must have arrived by then, and be no larger.
     pub(crate) request_timeout: Duration,
+    pub(crate) message_bytes: usize,
 }
 
 impl Gate {
-    fn admit(&self, request: &mut Request<Body>) -> Result<(), Status> {
+    fn admit(&self, request: &mut Request<Body>) -> Result<Option<InFlight>, Status> {
         let path = request.uri().path();
-        let health = path.starts_with(HEALTH);
+        let activity = request.extensions().get::<Arc<Activity>>();
         let known = |tokens: &Arc<Tokens>| tokens.accept(request.headers().get(http::header::AUTHORIZATION));
-        let trusted = health && self.open_health || self.tokens.as_ref().is_none_or(known);
-        if !trusted {
-            let why = "a valid bearer token is required";
-            return Err(status::with_reason(Code::Unauthenticated, "TOKEN_REQUIRED", why));
+        if !self.tokens.as_ref().is_none_or(known) {
+            if !(self.open_health && path.starts_with(HEALTH)) {
+                let why = "a valid bearer token is required";
+                return Err(status::with_reason(Code::Unauthenticated, "TOKEN_REQUIRED", why));
+            }
+            let in_flight = activity.and_then(Activity::accept_stranger);
+            let why = "the connection has as many health checks as it may";
+            let in_flight = in_flight.ok_or_else(|| status::exhausted(why))?;
+            limit(request, STRANGER_TIMEOUT, STRANGER_BYTES_MAX, Room::None);
+            return Ok(Some(in_flight));
         }
-        if path != SCORE_BATCH {
-            let Ok(room) = Arc::clone(&self.small).try_acquire_owned() else {
-                return Err(status::exhausted("the worker answers as many small requests as it takes"));
-            };
-            limit(request, SMALL_TIMEOUT, SMALL_BYTES_MAX, Some(room));
-            return Ok(());
+        let in_flight = activity.map(Activity::accept);
+        if path == SCORE_BATCH {
+            self.admission.let_in()?;
+            // tonic looks at the size again after decompression.
+            limit(request, self.request_timeout, self.message_bytes, Room::Call(self.arrivals.begin()));
+        } else {
+            let why = "the worker answers as many small requests as it takes";
+            let room = Arc::clone(&self.small).try_acquire_owned().map_err(|_| status::exhausted(why))?;
+            limit(request, SMALL_TIMEOUT, SMALL_BYTES_MAX, Room::Small(room));
         }
-        let unavailable = |reason, why| Err(status::with_reason(Code::Unavailable, reason, why));
-        match *self.phase.borrow() {
-            Phase::Loading => return unavailable("NOT_READY", "the worker is loading its model"),
-            Phase::Draining | Phase::Cut => return unavailable("DRAINING", "the worker is draining: ask another one"),
-            Phase::Serving => {}
-        }
-        let Ok(room) = Arc::clone(&self.calls).try_acquire_owned() else {
-            return Err(status::exhausted("the worker has as many calls as it takes"));
-        };
-        request.extensions_mut().insert(Admitted { _room: Arc::new(Room::new(room)) });
-        // How large a message may be is tonic's to check: before and after decompression.
-        limit(request, self.request_timeout, usize::MAX, None);
-        Ok(())
+        Ok(in_flight)
     }
 }
 
-fn limit(request: &mut Request<Body>, timeout: Duration, bytes: usize, room: Option<OwnedSemaphorePermit>) {
+fn limit(request: &mut Request<Body>, timeout: Duration, bytes: usize, room: Room) {
     let body = std::mem::take(request.body_mut());
     *request.body_mut() = Body::new(LimitedBody::new(body, timeout, bytes, room));
 }
@@ -206,19 +167,31 @@ where
     }
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
-        if let Err(status) = self.gate.admit(&mut request) {
-            return Box::pin(std::future::ready(Ok(status.into_http())));
+        let in_flight = match self.gate.admit(&mut request) {
+            Ok(in_flight) => in_flight,
+            Err(status) => return Box::pin(std::future::ready(Ok(status.into_http()))),
+        };
+        let deadline = deadline::of(request.headers());
+        if let Some(deadline) = deadline {
+            request.extensions_mut().insert(deadline);
         }
         let answer = self.inner.call(request);
         Box::pin(async move {
-            let mut answer = answer.await?;
+            let mut answer = match deadline {
+                // The service has a timer of its own that ends at the same moment, and it is asked first: it knows more.
+                Some(deadline) => match tokio::time::timeout_at(deadline.0.into(), answer).await {
+                    Ok(answer) => answer?,
+                    Err(_) => return Ok(status::late("the call's deadline passed before it began").into_http()),
+                },
+                None => answer.await?,
+            };
             // What tonic says of a message that is too large; gRPC's word for it is another.
             if let Some(code) = answer.headers_mut().get_mut("grpc-status")
                 && *code == HeaderValue::from(Code::OutOfRange as i32)
             {
                 *code = HeaderValue::from(Code::ResourceExhausted as i32);
             }
-            Ok(answer)
+            Ok(answer.map(|body| Body::new(AnswerBody::new(body, in_flight))))
         })
     }
 }

@@ -2,15 +2,20 @@
 //! draining. Thin: what a call does is the worker's business.
 //!
 //! ```text
-//! socket -> Listener (TLS, connection limit) -> Gate (token, call limit) -> Scoring (request -> call -> messages) -> worker
+//! socket -> Listener (TLS, connections) -> Gate (token, arrivals, deadline) -> Codec (size in memory)
+//!        -> Scoring (a call's place; request -> call -> messages) -> worker
 //! ```
 //!
 //! One table says which error becomes which status: [`status`].
 #![forbid(unsafe_code)]
 
+mod activity;
+mod arrivals;
 mod body;
 mod chunks;
 mod client;
+mod codec;
+mod deadline;
 mod gate;
 mod listener;
 mod metrics;
@@ -20,12 +25,13 @@ mod service;
 pub mod status;
 mod stream;
 mod tls;
+mod tokens;
 mod trace;
 
 pub use client::{Submission, SubmitError, submit};
-pub use gate::Tokens;
 pub use serve::{Limits, Phase, ServeError, ServeOptions, serve};
 pub use tls::TlsFiles;
+pub use tokens::{Tokens, token_lines};
 pub use trace::Traces;
 
 /// The contract, generated from `proto/capsieve/v1/scoring.proto`.

@@ -1,52 +1,69 @@
 //! Connections: accepted up to a limit, and handed on once they have shown that a client is there: a finished TLS handshake,
-//! or the opening bytes of HTTP/2. What says nothing in time is closed.
+//! and the opening bytes of HTTP/2 where that is spoken. What says nothing in time is closed, and so is what stays for
+//! nothing later on, see [`crate::activity`].
 
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::Instant;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Sleep;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
-use crate::tls::Tls;
+use crate::activity::{Activity, Patience};
+use crate::tls::{Protocol, Tls};
 
-/// Bytes that every HTTP/2 client sends first.
-const PREFACE_BYTES: usize = 24;
-/// Between two looks at a connection that has sent a part of them.
-const PREFACE_LOOK: Duration = Duration::from_millis(20);
+/// What every HTTP/2 client sends first.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// After a failed accept, for example without file descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
 
 trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 
+/// What clients of a port may take.
+#[derive(Clone)]
+pub(crate) struct Port {
+    pub(crate) protocol: Protocol,
+    pub(crate) tls: Option<Arc<Tls>>,
+    /// Connections at a time.
+    pub(crate) connections: usize,
+    pub(crate) patience: Patience,
+}
+
 /// A client's connection.
 pub(crate) struct Connection {
     io: Box<dyn Io>,
+    /// What was read to see that a client is there, as far as the server has not got it yet.
+    preface: &'static [u8],
+    activity: Arc<Activity>,
+    /// Until the next look at it.
+    look: Pin<Box<Sleep>>,
+    over: bool,
     _room: OwnedSemaphorePermit,
 }
 
 impl Connected for Connection {
-    type ConnectInfo = ();
+    type ConnectInfo = Arc<Activity>;
 
-    fn connect_info(&self) {}
+    fn connect_info(&self) -> Arc<Activity> {
+        Arc::clone(&self.activity)
+    }
 }
 
 /// Accepts until it is aborted. The stream gives connections that are ready.
 pub(crate) fn accept(
     listener: TcpListener,
-    tls: Option<Arc<Tls>>,
-    connections: usize,
-    timeout: Duration,
+    port: Port,
 ) -> (tokio::task::JoinHandle<()>, ReceiverStream<io::Result<Connection>>) {
     let (ready, receiver): (Sender<io::Result<Connection>>, Receiver<_>) = channel(16);
-    let room = Arc::new(Semaphore::new(connections));
+    let room = Arc::new(Semaphore::new(port.connections));
     let accepting = tokio::spawn(async move {
         loop {
             let Ok(room) = Arc::clone(&room).acquire_owned().await else { return };
@@ -58,10 +75,15 @@ pub(crate) fn accept(
                     continue;
                 }
             };
-            let (tls, ready) = (tls.clone(), ready.clone());
+            let (port, ready) = (port.clone(), ready.clone());
             tokio::spawn(async move {
-                match tokio::time::timeout(timeout, open(stream, tls)).await {
-                    Ok(Ok(io)) => drop(ready.send(Ok(Connection { io, _room: room })).await),
+                let activity = Activity::new(port.patience);
+                match tokio::time::timeout(port.patience.first, open(stream, &port)).await {
+                    Ok(Ok((io, preface))) => {
+                        let look = Box::pin(tokio::time::sleep(std::time::Duration::ZERO));
+                        let connection = Connection { io, preface, activity, look, over: false, _room: room };
+                        drop(ready.send(Ok(connection)).await);
+                    }
                     Ok(Err(error)) => tracing::debug!("a connection was closed: {error}"),
                     Err(_) => tracing::debug!("a connection was closed: it said nothing in time"),
                 }
@@ -71,39 +93,89 @@ pub(crate) fn accept(
     (accepting, ReceiverStream::new(receiver))
 }
 
-async fn open(stream: TcpStream, tls: Option<Arc<Tls>>) -> io::Result<Box<dyn Io>> {
+/// The stream of a client, and what of it was read already.
+async fn open(stream: TcpStream, port: &Port) -> io::Result<(Box<dyn Io>, &'static [u8])> {
     stream.set_nodelay(true)?;
-    match tls {
-        Some(tls) => Ok(Box::new(tls.acceptor().accept(stream).await?)),
-        None => {
-            let mut preface = [0; PREFACE_BYTES];
-            loop {
-                match stream.peek(&mut preface).await? {
-                    0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                    PREFACE_BYTES => return Ok(Box::new(stream)),
-                    _ => tokio::time::sleep(PREFACE_LOOK).await,
-                }
+    let mut io: Box<dyn Io> = match &port.tls {
+        Some(tls) => Box::new(tls.acceptor(port.protocol).accept(stream).await?),
+        None => Box::new(stream),
+    };
+    match port.protocol {
+        Protocol::Http1 => Ok((io, &[])),
+        Protocol::Http2 => {
+            preface(&mut io).await?;
+            Ok((io, PREFACE))
+        }
+    }
+}
+
+/// Reads the preface. Anything else is an error as soon as it shows.
+async fn preface(io: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
+    let mut left = PREFACE;
+    while !left.is_empty() {
+        let mut bytes = [0; PREFACE.len()];
+        // Never beyond the preface: what follows is the server's to read.
+        let read = io.read(&mut bytes[..left.len()]).await?;
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        left = left.strip_prefix(&bytes[..read]).ok_or_else(|| io::Error::other("it does not speak HTTP/2"))?;
+    }
+    Ok(())
+}
+
+impl Connection {
+    /// What the requests of this connection say about it.
+    pub(crate) fn activity(&self) -> Arc<Activity> {
+        Arc::clone(&self.activity)
+    }
+
+    /// Whether the connection has been there for nothing for too long; if not, the task is woken for the next look.
+    fn over(&mut self, context: &mut Context<'_>) -> bool {
+        while !self.over && self.look.as_mut().poll(context).is_ready() {
+            match self.activity.next_look(Instant::now()) {
+                Some(at) => self.look.as_mut().reset(at.into()),
+                None => self.over = true,
             }
         }
+        self.over
+    }
+
+    /// Writing ends as well: a client that does not read must not keep the connection by that.
+    fn writable(&mut self, context: &mut Context<'_>) -> io::Result<()> {
+        if self.over(context) { Err(io::ErrorKind::BrokenPipe.into()) } else { Ok(()) }
     }
 }
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.over(context) {
+            // As if the client had closed it.
+            return Poll::Ready(Ok(()));
+        }
+        if !self.preface.is_empty() {
+            let (now, later) = self.preface.split_at(self.preface.len().min(buf.remaining()));
+            buf.put_slice(now);
+            self.preface = later;
+            return Poll::Ready(Ok(()));
+        }
         Pin::new(&mut self.io).poll_read(context, buf)
     }
 }
 
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.writable(context)?;
         Pin::new(&mut self.io).poll_write(context, buf)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.writable(context)?;
         Pin::new(&mut self.io).poll_flush(context)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.writable(context)?;
         Pin::new(&mut self.io).poll_shutdown(context)
     }
 
@@ -112,6 +184,7 @@ impl AsyncWrite for Connection {
         context: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.writable(context)?;
         Pin::new(&mut self.io).poll_write_vectored(context, bufs)
     }
 

@@ -1,17 +1,34 @@
-//! What a worker counts, in Prometheus' text format on `/metrics`. Behind the same tokens as everything else.
+//! What a worker counts, in Prometheus' text format on `/metrics`. Behind the same tokens and certificates as everything
+//! else, and with limits of its own: whoever can connect gets few connections, for a short time.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::State;
-use axum::http::{HeaderMap, StatusCode};
+use axum::extract::connect_info::{ConnectInfo, Connected};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::IntoResponse;
 use axum::routing::get;
+use axum::serve::{IncomingStream, Listener};
 use capsieve_worker::WorkerInfo;
+use futures::StreamExt;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::net::TcpListener;
+use tokio_stream::wrappers::ReceiverStream;
 
-use crate::gate::Tokens;
+use crate::activity::{Activity, Patience};
+use crate::listener::{self, Connection, Port};
 use crate::serve::ServeError;
+use crate::tls::{Protocol, Tls};
+use crate::tokens::Tokens;
+
+/// Connections at a time.
+const CONNECTIONS_MAX: usize = 64;
+/// How long each may stay.
+const CONNECTION_LIFE: Duration = Duration::from_secs(60);
+/// What Prometheus expects.
+const CONTENT_TYPE: &str = "text/plain; version=0.0.4";
 
 /// Seconds: batches take milliseconds, shards minutes.
 const SECONDS: [f64; 16] =
@@ -24,8 +41,16 @@ struct Endpoint {
     tokens: Option<Arc<Tokens>>,
 }
 
+/// Who may see it, and by which means.
+pub(crate) struct Access {
+    pub(crate) tokens: Option<Arc<Tokens>>,
+    pub(crate) tls: Option<Arc<Tls>>,
+    /// Until a connection's first request that is answered.
+    pub(crate) handshake_timeout: Duration,
+}
+
 /// Begins to count, and to answer on `listen`. Gives the address.
-pub(crate) async fn start(listen: SocketAddr, tokens: Option<Arc<Tokens>>) -> Result<SocketAddr, ServeError> {
+pub(crate) async fn start(listen: SocketAddr, access: Access) -> Result<SocketAddr, ServeError> {
     let refused = |source| ServeError::Listen { listen, source };
     let listener = TcpListener::bind(listen).await.map_err(refused)?;
     let address = listener.local_addr().map_err(refused)?;
@@ -37,26 +62,70 @@ pub(crate) async fn start(listen: SocketAddr, tokens: Option<Arc<Tokens>>) -> Re
     let upkeep = metrics.clone();
     tokio::spawn(async move {
         loop {
-            tokio::time::sleep(std::time::Duration::from_secs(5)).await;
+            tokio::time::sleep(Duration::from_secs(5)).await;
             upkeep.run_upkeep();
         }
     });
+    let Access { tokens, tls, handshake_timeout } = access;
+    let patience = Patience { first: handshake_timeout, idle: CONNECTION_LIFE, life: Some(CONNECTION_LIFE) };
+    let port = Port { protocol: Protocol::Http1, tls, connections: CONNECTIONS_MAX, patience };
+    let (_, connections) = listener::accept(listener, port);
     let routes = axum::Router::new().route("/metrics", get(answer)).with_state(Arc::new(Endpoint { metrics, tokens }));
+    let routes = routes.into_make_service_with_connect_info::<Client>();
     tokio::spawn(async move {
-        if let Err(error) = axum::serve(listener, routes).await {
+        if let Err(error) = axum::serve(Clients { connections, address }, routes).await {
             tracing::error!("the metrics' endpoint failed: {error}");
         }
     });
     Ok(address)
 }
 
-async fn answer(State(endpoint): State<Arc<Endpoint>>, headers: HeaderMap) -> Result<String, StatusCode> {
-    let known = |tokens: &Arc<Tokens>| tokens.accept(headers.get("authorization"));
-    if endpoint.tokens.as_ref().is_none_or(known) {
-        Ok(endpoint.metrics.render())
-    } else {
-        Err(StatusCode::UNAUTHORIZED)
+/// Connections as axum takes them.
+struct Clients {
+    connections: ReceiverStream<std::io::Result<Connection>>,
+    address: SocketAddr,
+}
+
+impl Listener for Clients {
+    type Io = Connection;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Connection, SocketAddr) {
+        loop {
+            match self.connections.next().await {
+                // Nothing here asks for the client's address.
+                Some(Ok(connection)) => return (connection, self.address),
+                Some(Err(error)) => tracing::debug!("a connection to the metrics failed: {error}"),
+                None => std::future::pending().await,
+            }
+        }
     }
+
+    fn local_addr(&self) -> std::io::Result<SocketAddr> {
+        Ok(self.address)
+    }
+}
+
+#[derive(Clone)]
+struct Client(Arc<Activity>);
+
+impl Connected<IncomingStream<'_, Clients>> for Client {
+    fn connect_info(stream: IncomingStream<'_, Clients>) -> Self {
+        Self(stream.io().activity())
+    }
+}
+
+async fn answer(
+    State(endpoint): State<Arc<Endpoint>>,
+    ConnectInfo(client): ConnectInfo<Client>,
+    headers: HeaderMap,
+) -> Result<impl IntoResponse, StatusCode> {
+    let known = |tokens: &Arc<Tokens>| tokens.accept(headers.get(header::AUTHORIZATION));
+    if !endpoint.tokens.as_ref().is_none_or(known) {
+        return Err(StatusCode::UNAUTHORIZED);
+    }
+    drop(client.0.accept());
+    Ok(([(header::CONTENT_TYPE, CONTENT_TYPE)], endpoint.metrics.render()))
 }
 
 fn describe() {

@@ -14,15 +14,20 @@ use std::time::Duration;
 use capsieve_worker::Worker;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinHandle;
 use tonic::codec::CompressionEncoding;
 use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-use crate::gate::{Gate, Tokens};
-use crate::listener;
+use crate::activity::Patience;
+use crate::arrivals::Arrivals;
+use crate::body::MESSAGE_HEAD_BYTES;
+use crate::gate::{Admission, Gate};
+use crate::listener::{self, Port};
 use crate::service::Scoring;
-use crate::tls::{Tls, TlsError, TlsFiles};
+use crate::tls::{Protocol, Tls, TlsError, TlsFiles};
+use crate::tokens::Tokens;
 use crate::v1;
 use crate::v1::scoring_service_server::ScoringServiceServer;
 
@@ -31,6 +36,8 @@ const SERVICE: &str = "capsieve.v1.ScoringService";
 const STREAMS_MAX: u32 = 256;
 /// Requests of the small methods that arrive at a time.
 const SMALL_REQUESTS_MAX: usize = 256;
+/// Requests of calls that arrive at a time, for each call that may run.
+const ARRIVING_PER_CALL: usize = 4;
 /// Bytes of a request's headers.
 const HEADERS_BYTES_MAX: u32 = 16 << 10;
 /// Resets of streams that a connection may have in its books, against rapid resets.
@@ -60,8 +67,10 @@ pub struct Limits {
     pub message_bytes: usize,
     /// Connections at a time.
     pub connections: usize,
-    /// A connection that has not shown a client by then is closed.
+    /// A connection without a request that was accepted by then is closed.
     pub handshake_timeout: Duration,
+    /// A connection without a request in flight for so long is closed.
+    pub idle_timeout: Duration,
     /// A request that has not arrived by then is refused.
     pub request_timeout: Duration,
     /// A silent connection is asked for a sign of life this often, and closed without one.
@@ -110,7 +119,7 @@ pub enum ServeError {
     Tls(#[from] TlsError),
     /// The model cannot be loaded.
     #[error(transparent)]
-    Load(capsieve_worker::Error),
+    Load(#[from] capsieve_worker::Error),
     /// The server failed.
     #[error("the server failed")]
     Server(#[from] tonic::transport::Error),
@@ -122,50 +131,45 @@ pub enum ServeError {
     Task(#[from] tokio::task::JoinError),
 }
 
-/// Serves a worker until `stop` returns and its calls are over; when it returns again, they are ended. `load` runs on a
-/// thread of its own; `listening` is told the address before, so that health checks are answered while the model is loaded.
+/// Serves a worker until `stop` returns and its calls are over; when it returns again, they are ended. `load` opens and
+/// starts the worker; `listening` is told the address before, so that health checks are answered meanwhile.
 ///
 /// # Errors
 /// The address, the files or the model cannot be used, or an engine broke down.
 pub async fn serve(
     options: ServeOptions,
-    load: impl FnOnce() -> capsieve_worker::Result<Arc<Worker>> + Send + 'static,
+    load: impl Future<Output = Result<Arc<Worker>, ServeError>>,
     stop: impl AsyncFn(),
     listening: impl FnOnce(SocketAddr),
 ) -> Result<(), ServeError> {
     let ServeOptions { listen, metrics, limits, tokens, open_health, tls } = options;
-    let tokens = tokens.map(Arc::new);
-    let tls = tls.as_ref().map(Tls::open).transpose()?;
+    let (tokens, tls) = (tokens.map(Arc::new), tls.as_ref().map(Tls::open).transpose()?);
     let refused = |source| ServeError::Listen { listen, source };
     let listener = TcpListener::bind(listen).await.map_err(refused)?;
     if let Some(listen) = metrics {
-        let address = crate::metrics::start(listen, tokens.clone()).await?;
-        tracing::info!("metrics on http://{address}/metrics");
+        count(listen, &limits, tokens.clone(), tls.clone()).await?;
     }
     listening(listener.local_addr().map_err(refused)?);
     let (phase, phases) = watch::channel(Phase::Loading);
     let (worker, calls) = (Arc::new(OnceLock::new()), Arc::new(Semaphore::new(limits.calls)));
-    let gate = Gate {
-        tokens,
-        open_health,
-        calls: Arc::clone(&calls),
-        small: Arc::new(Semaphore::new(SMALL_REQUESTS_MAX)),
-        phase: phases.clone(),
-        request_timeout: limits.request_timeout,
-    };
+    let admission = Admission { calls: Arc::clone(&calls), phase: phases.clone() };
     let health = HealthReporter::new();
     set_health(&health, ServingStatus::NotServing).await;
-    let renewing = tls.clone().map(|tls| tokio::spawn(async move { tls.renew().await }));
-    let (accepting, connections) = listener::accept(listener, tls, limits.connections, limits.handshake_timeout);
-    let scoring = Scoring { worker: Arc::clone(&worker), limits: limits.clone(), phase: phases.clone() };
+    let mut tasks = renewing(tokens.clone(), tls.clone());
+    let (accepting, connections) = listener::accept(listener, port(&limits, tls));
+    tasks.push(accepting);
+    let gate = gate(&limits, tokens, open_health, admission.clone());
+    let scoring = Scoring { worker: Arc::clone(&worker), limits: limits.clone(), phase: phases.clone(), admission };
     let mut over = phases.clone();
     let shutdown = async move { drop(over.wait_for(|phase| *phase == Phase::Cut).await) };
     let router = router(&limits, gate, health.clone(), scoring);
     let mut server = tokio::spawn(router.serve_with_incoming_shutdown(connections, shutdown));
     let ended = async {
         let loaded = tokio::select! {
-            loaded = tokio::task::spawn_blocking(load) => loaded?.map_err(ServeError::Load)?,
+            // First, so that a signal is heard from the start.
+            biased;
             () = stop() => return Ok(()),
+            loaded = load => loaded?,
         };
         crate::metrics::build_info(loaded.info());
         let broken = Arc::clone(&loaded);
@@ -185,14 +189,50 @@ pub async fn serve(
     };
     let ended = ended.await;
     phase.send_replace(Phase::Cut);
-    accepting.abort();
+    tasks.into_iter().for_each(|task| task.abort());
     if !server.is_finished() && tokio::time::timeout(LAST_WORDS, &mut server).await.is_err() {
         server.abort();
     }
-    if let Some(renewing) = renewing {
-        renewing.abort();
-    }
     ended
+}
+
+async fn count(
+    listen: SocketAddr,
+    limits: &Limits,
+    tokens: Option<Arc<Tokens>>,
+    tls: Option<Arc<Tls>>,
+) -> Result<(), ServeError> {
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    let access = crate::metrics::Access { tokens, tls, handshake_timeout: limits.handshake_timeout };
+    let address = crate::metrics::start(listen, access).await?;
+    tracing::info!("metrics on {scheme}://{address}/metrics");
+    Ok(())
+}
+
+/// Tasks that look at files which may change.
+fn renewing(tokens: Option<Arc<Tokens>>, tls: Option<Arc<Tls>>) -> Vec<JoinHandle<()>> {
+    let tokens = tokens.map(|tokens| tokio::spawn(async move { tokens.renew().await }));
+    let tls = tls.map(|tls| tokio::spawn(async move { tls.renew().await }));
+    tokens.into_iter().chain(tls).collect()
+}
+
+fn port(limits: &Limits, tls: Option<Arc<Tls>>) -> Port {
+    let patience = Patience { first: limits.handshake_timeout, idle: limits.idle_timeout, life: None };
+    Port { protocol: Protocol::Http2, tls, connections: limits.connections, patience }
+}
+
+fn gate(limits: &Limits, tokens: Option<Arc<Tokens>>, open_health: bool, admission: Admission) -> Gate {
+    let arriving = limits.calls.saturating_mul(ARRIVING_PER_CALL);
+    let bytes = limits.calls.saturating_mul(limits.message_bytes + MESSAGE_HEAD_BYTES);
+    Gate {
+        tokens,
+        open_health,
+        admission,
+        arrivals: Arrivals::new(arriving, bytes),
+        small: Arc::new(Semaphore::new(SMALL_REQUESTS_MAX)),
+        request_timeout: limits.request_timeout,
+        message_bytes: limits.message_bytes,
+    }
 }
 
 /// Waits for the calls that run, no longer than is allowed.

@@ -2,20 +2,19 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
 
 use capsieve_worker::{ItmToken, Worker};
 use tokio::sync::watch;
-use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status};
 use tracing::Instrument;
 
 use crate::chunks::Format;
-use crate::gate::Admitted;
+use crate::deadline::Deadline;
+use crate::gate::Admission;
 use crate::serve::{Limits, Phase};
 use crate::stream::{Driver, Messages};
 use crate::v1::scoring_service_server::ScoringService;
-use crate::{request, status, stream, trace, v1};
+use crate::{codec, request, status, stream, trace, v1};
 
 /// The service of a worker.
 pub(crate) struct Scoring {
@@ -23,6 +22,7 @@ pub(crate) struct Scoring {
     pub(crate) worker: Arc<OnceLock<Arc<Worker>>>,
     pub(crate) limits: Limits,
     pub(crate) phase: watch::Receiver<Phase>,
+    pub(crate) admission: Admission,
 }
 
 impl Scoring {
@@ -34,15 +34,15 @@ impl Scoring {
     /// Everything between a request and its first message.
     async fn open(&self, request: Request<v1::ScoreBatchRequest>, request_id: String) -> Result<Driver, Status> {
         let worker = self.worker()?;
-        let admitted = request.extensions().get::<Admitted>().cloned();
-        let deadline = deadline(request.metadata());
+        let admitted = Some(self.admission.admit()?);
+        let deadline = request.extensions().get::<Deadline>().map(|deadline| deadline.0);
         let call = request::convert(request.into_inner(), worker.info().heads)?;
         let format = Format { heads: call.heads, thresholds: call.thresholds };
         let opening = worker.call(call);
         let opened = match deadline {
             Some(deadline) => tokio::time::timeout_at(deadline.into(), opening)
                 .await
-                .map_err(|_| Status::deadline_exceeded("the call's deadline passed while its shards were listed"))?,
+                .map_err(|_| status::late("the call's deadline passed while its shards were listed"))?,
             None => opening.await,
         };
         let call = opened.map_err(|error| status::of(&error))?;
@@ -108,6 +108,8 @@ impl ScoringService for Scoring {
             batch_images_max: number(info.batch_images),
             message_bytes_max: self.limits.message_bytes as u64,
             calls_max: number(self.limits.calls),
+            pairs_items_max: number(codec::ITEMS_MAX),
+            pairs_captions_max: number(codec::CAPTIONS_MAX),
         }))
     }
 }
@@ -118,22 +120,4 @@ fn request_id(given: &str) -> Result<String, Status> {
     // The standard library's source of random bits.
     let made = || format!("{:016x}", RandomState::new().build_hasher().finish());
     Ok(if given.is_empty() { made() } else { given.to_owned() })
-}
-
-/// When the whole stream must be over: tonic's own timer ends with the first message. The header is a number of at most
-/// eight digits and a unit, see gRPC over HTTP/2.
-fn deadline(metadata: &MetadataMap) -> Option<Instant> {
-    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
-    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    let number: u64 = number.parse().ok().filter(|number| *number < 100_000_000)?;
-    let timeout = match unit {
-        "H" => Duration::from_secs(number * 3600),
-        "M" => Duration::from_secs(number * 60),
-        "S" => Duration::from_secs(number),
-        "m" => Duration::from_millis(number),
-        "u" => Duration::from_micros(number),
-        "n" => Duration::from_nanos(number),
-        _ => return None,
-    };
-    Instant::now().checked_add(timeout)
 }

@@ -113,6 +113,11 @@ pub(crate) fn with_reason(code: Code, reason: &str, why: impl Into<String>) -> S
     Status::with_error_details(code, why, reasoned(reason))
 }
 
+/// A call whose deadline passed.
+pub(crate) fn late(why: impl Into<String>) -> Status {
+    with_reason(Code::DeadlineExceeded, "DEADLINE", why)
+}
+
 fn reasoned(reason: &str) -> ErrorDetails {
     ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new())
 }

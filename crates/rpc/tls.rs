@@ -14,6 +14,15 @@ use tokio_rustls::rustls::{self, RootCertStore, ServerConfig};
 /// How often the files are looked at.
 const LOOK: Duration = Duration::from_secs(2);
 
+/// What is spoken inside of TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Protocol {
+    /// gRPC.
+    Http2,
+    /// The metrics.
+    Http1,
+}
+
 /// PEM files of a server.
 #[derive(Clone, Debug)]
 pub struct TlsFiles {
@@ -47,18 +56,29 @@ pub enum TlsError {
 /// The server's side of TLS as the files are now.
 pub(crate) struct Tls {
     files: TlsFiles,
-    current: RwLock<Arc<ServerConfig>>,
+    current: RwLock<Configs>,
+}
+
+/// The same but for the protocol.
+struct Configs {
+    http2: Arc<ServerConfig>,
+    http1: Arc<ServerConfig>,
 }
 
 impl Tls {
     pub(crate) fn open(files: &TlsFiles) -> Result<Arc<Self>, TlsError> {
-        let current = RwLock::new(Arc::new(config(files)?));
+        let current = RwLock::new(configs(files)?);
         Ok(Arc::new(Self { files: files.clone(), current }))
     }
 
     /// For the next connection.
-    pub(crate) fn acceptor(&self) -> TlsAcceptor {
-        Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner)).into()
+    pub(crate) fn acceptor(&self, protocol: Protocol) -> TlsAcceptor {
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        let config = match protocol {
+            Protocol::Http2 => &current.http2,
+            Protocol::Http1 => &current.http1,
+        };
+        Arc::clone(config).into()
     }
 
     /// Takes new files as they come; what cannot be used is said and left aside.
@@ -71,9 +91,9 @@ impl Tls {
                 continue;
             }
             seen = now;
-            match config(&self.files) {
-                Ok(config) => {
-                    *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
+            match configs(&self.files) {
+                Ok(configs) => {
+                    *self.current.write().unwrap_or_else(PoisonError::into_inner) = configs;
                     tracing::info!("new TLS files are in use");
                 }
                 Err(error) => tracing::warn!("the new TLS files are not used: {error}"),
@@ -91,7 +111,7 @@ impl Tls {
     }
 }
 
-fn config(files: &TlsFiles) -> Result<ServerConfig, TlsError> {
+fn configs(files: &TlsFiles) -> Result<Configs, TlsError> {
     let provider = Arc::new(default_provider());
     let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|error| unreadable(&files.key, &error))?;
     let chain = certificates(&files.certificate)?;
@@ -107,9 +127,13 @@ fn config(files: &TlsFiles) -> Result<ServerConfig, TlsError> {
                 .with_client_cert_verifier(WebPkiClientVerifier::builder_with_provider(roots.into(), provider).build()?)
         }
     };
-    let mut config = builder.with_single_cert(chain, key)?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(config)
+    let config = builder.with_single_cert(chain, key)?;
+    let speaks = |name: &[u8]| {
+        let mut config = config.clone();
+        config.alpn_protocols = vec![name.to_vec()];
+        Arc::new(config)
+    };
+    Ok(Configs { http2: speaks(b"h2"), http1: speaks(b"http/1.1") })
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {

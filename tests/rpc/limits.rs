@@ -124,7 +124,7 @@ fn requests_that_do_not_arrive_are_given_up() {
 }
 
 /// Whether the worker closes a connection, and after how long.
-fn closed(mut stream: TcpStream) -> Duration {
+pub(super) fn closed(mut stream: TcpStream) -> Duration {
     let begun = Instant::now();
     stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     let mut bytes = [0; 1024];

@@ -258,3 +258,29 @@ fn submit_says_what_it_cannot_do() {
         assert!(ran.code == Some(1) && ran.stderr.contains(words) && ran.stdout.is_empty(), "{arguments:?}: {ran:?}");
     }
 }
+
+/// A hub that takes connections and says nothing: the model is being fetched for as long as it is asked for.
+#[test]
+fn health_is_answered_while_the_model_is_fetched() {
+    let hub = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let cache = tempfile::tempdir().unwrap();
+    let mut command = program();
+    command.args(["serve", "--model", "someone/some-model", "--listen", "127.0.0.1:0"]);
+    command.env("HF_HUB_OFFLINE", "0").env("HF_ENDPOINT", format!("http://{}", hub.local_addr().unwrap()));
+    command.env("HF_HUB_CACHE", cache.path()).env("HF_HOME", cache.path());
+    let mut server = Server::spawn(command);
+    wait(async {
+        let channel = tonic::transport::Channel::from_shared(server.endpoint()).unwrap().connect().await.unwrap();
+        let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
+        let answer = health.check(tonic_health::pb::HealthCheckRequest::default()).await.unwrap();
+        assert_eq!(answer.into_inner().status(), tonic_health::pb::health_check_response::ServingStatus::NotServing);
+    });
+    server.signal("-TERM");
+    assert_eq!(server.ended(), Some(0));
+    // What is wrong at once is said before anything is fetched.
+    let ran = capsieve(&["serve", "--model", "someone/some-model", "--token-file", "/no/such/file"]);
+    assert!(
+        ran.code == Some(1) && ran.stderr.contains("/no/such/file") && !ran.stderr.contains("listening"),
+        "{ran:?}"
+    );
+}

@@ -1,5 +1,4 @@
-//! What a client must not reach: paths outside of `--allow-uri`, a worker without its token, a worker behind TLS without a
-//! certificate.
+//! What a client must not reach: paths outside of `--allow-uri`, a worker without its token. TLS is in `tls.rs`.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -7,8 +6,7 @@ use std::net::TcpStream;
 use capsieve_rpc::v1;
 use capsieve_rpc::v1::score_batch_request::Source;
 use capsieve_rpc::v1::scoring_service_client::ScoringServiceClient;
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Identity};
+use tonic::transport::Channel;
 use tonic::{Code, Request};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
@@ -242,83 +240,6 @@ fn http(server: &Server, authorization: Option<&str>) -> String {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     answer
-}
-
-/// A root, and a certificate of it with its key, in PEM.
-struct Authority(CertifiedIssuer<'static, KeyPair>);
-
-impl Authority {
-    fn new() -> Self {
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
-    }
-
-    fn pem(&self) -> String {
-        self.0.pem()
-    }
-
-    fn issue(&self) -> (String, String) {
-        let key = KeyPair::generate().unwrap();
-        let params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
-        (params.signed_by(&key, &self.0).unwrap().pem(), key.serialize_pem())
-    }
-}
-
-#[test]
-fn tls_and_client_certificates() {
-    let shards = Shards::new(&[3]);
-    let (ours, theirs) = (Authority::new(), Authority::new());
-    let write = |name: &str, text: &str| {
-        std::fs::write(shards.path(name), text).unwrap();
-        shards.text(name)
-    };
-    let (certificate, key) = ours.issue();
-    let files = [write("cert.pem", &certificate), write("key.pem", &key), write("ca.pem", &ours.pem())];
-    let arguments = ["--tls-cert", &files[0], "--tls-key", &files[1], "--tls-client-ca", &files[2]];
-    let server = Server::start(&[&arguments[..], &["--allow-uri", &shards.root()]].concat());
-    let endpoint = format!("https://localhost:{}", server.address.rsplit_once(':').unwrap().1);
-    let connect = async |root: &Authority, identity: Option<(String, String)>| {
-        let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(root.pem()));
-        if let Some((certificate, key)) = identity {
-            tls = tls.identity(Identity::from_pem(certificate, key));
-        }
-        let channel = Channel::from_shared(endpoint.clone()).unwrap().tls_config(tls).unwrap().connect().await;
-        let info = ScoringServiceClient::new(channel.map_err(|_| ())?).get_model_info(v1::GetModelInfoRequest {}).await;
-        info.map(drop).map_err(|_| ())
-    };
-    wait(async {
-        assert!(connect(&ours, Some(ours.issue())).await.is_ok());
-        assert!(connect(&ours, None).await.is_err(), "no certificate");
-        assert!(connect(&ours, Some(theirs.issue())).await.is_err(), "another root's certificate");
-        assert!(connect(&theirs, Some(ours.issue())).await.is_err(), "the client asks for another root");
-        let plain = Channel::from_shared(server.endpoint()).unwrap().connect().await;
-        let plain = match plain {
-            Ok(channel) => ScoringServiceClient::new(channel).get_model_info(v1::GetModelInfoRequest {}).await.is_ok(),
-            Err(_) => false,
-        };
-        assert!(!plain, "no encryption");
-    });
-    let (certificate, key) = ours.issue();
-    let (certificate, key) = (write("client.pem", &certificate), write("client.key", &key));
-    let input = shards.text("in/a.parquet");
-    let submit = ["submit", "--endpoint", &endpoint, "--input", &input, "--patience", "0"];
-    let identified = ["--tls-ca", &files[2], "--tls-cert", &certificate, "--tls-key", &key];
-    let ran = capsieve(&[&submit[..], &identified[..]].concat());
-    assert_eq!(ran.code, Some(0), "{ran:?}");
-    assert_eq!(capsieve(&[&submit[..], &identified[..2]].concat()).code, Some(1));
-    // New files are taken without a restart; a broken one is left aside.
-    std::fs::write(&files[0], "rubbish").unwrap();
-    server.wait_for("the new TLS files are not used");
-    wait(async { assert!(connect(&ours, Some(ours.issue())).await.is_ok(), "the old ones go on") });
-    let (certificate, key) = theirs.issue();
-    std::fs::write(&files[1], key).unwrap();
-    std::fs::write(&files[0], certificate).unwrap();
-    server.wait_for("new TLS files are in use");
-    wait(async {
-        assert!(connect(&theirs, Some(ours.issue())).await.is_ok(), "the new certificate");
-        assert!(connect(&ours, Some(ours.issue())).await.is_err(), "the old one is gone");
-    });
 }
 
 #[test]

@@ -22,7 +22,8 @@ pub(crate) struct ServeArgs {
     /// OpenTelemetry collector that takes traces by OTLP over gRPC, such as http://localhost:4317
     #[arg(long, env = "CAPSIEVE_OTLP_ENDPOINT", value_name = "URL")]
     pub(crate) otlp_endpoint: Option<String>,
-    /// Folder that calls may read and write below; repeatable; without it only images that come with a call are scored
+    /// Folder that calls may read and write below; repeatable, and a comma separates folders; without it only images that
+    /// come with a call are scored
     #[arg(long, env = "CAPSIEVE_ALLOW_URI", value_name = "PREFIX", value_delimiter = ',')]
     pub(crate) allow_uri: Vec<String>,
     /// File of bearer tokens, one a line; without it everybody who can connect may call
@@ -49,9 +50,12 @@ pub(crate) struct ServeArgs {
     /// Connections at a time; more wait
     #[arg(long, env = "CAPSIEVE_MAX_CONNECTIONS", value_name = "N", default_value_t = 1024, value_parser = connections)]
     pub(crate) max_connections: usize,
-    /// Seconds in which a connection must show a client: its TLS handshake, or the opening of HTTP/2
+    /// Seconds in which a connection must show a client: a TLS handshake, the opening of HTTP/2, a request that is accepted
     #[arg(long, env = "CAPSIEVE_HANDSHAKE_TIMEOUT", value_name = "SECONDS", default_value_t = 10.0, value_parser = some_seconds)]
     pub(crate) handshake_timeout: f64,
+    /// Seconds after which a connection without a request in flight is closed
+    #[arg(long, env = "CAPSIEVE_IDLE_TIMEOUT", value_name = "SECONDS", default_value_t = 600.0, value_parser = some_seconds)]
+    pub(crate) idle_timeout: f64,
     /// Seconds in which a call's request must have arrived
     #[arg(long, env = "CAPSIEVE_REQUEST_TIMEOUT", value_name = "SECONDS", default_value_t = 120.0, value_parser = some_seconds)]
     pub(crate) request_timeout: f64,

@@ -1,10 +1,11 @@
 //! `capsieve serve`.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use capsieve_rpc::{Limits, ServeOptions, TlsFiles, Tokens};
+use capsieve_rpc::{Limits, ServeError, ServeOptions, TlsFiles, Tokens};
 use capsieve_worker::{Access, CaptionPolicy, LoadedModel, Worker, WorkerOptions};
 
 use super::terminated;
@@ -29,9 +30,16 @@ pub(super) async fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     if options.tokens.is_none() && !args.listen.ip().is_loopback() {
         tracing::warn!("everybody who can reach {} may call: --token-file FILE asks for a token", args.listen);
     }
+    let load = load(args, access);
+    capsieve_rpc::serve(options, load, terminated, |address| tracing::info!("listening on {address}")).await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Opens the model, from the hub if need be, and starts the worker. Health checks are answered meanwhile.
+async fn load(args: ServeArgs, access: Access) -> Result<Arc<Worker>, ServeError> {
     let model = LoadedModel::open(&args.model).await?;
     model.notes.iter().for_each(|note| tracing::warn!("{note}"));
-    let worker = WorkerOptions {
+    let options = WorkerOptions {
         heads: heads(&args.heads),
         itm_token: args.itm_token.into(),
         policy: CaptionPolicy { tokens_max: args.max_caption_tokens, image_pixels_max: args.max_image_pixels },
@@ -40,9 +48,7 @@ pub(super) async fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         memory_bytes: args.memory_limit,
         access,
     };
-    let load = move || Worker::start(&model, worker);
-    capsieve_rpc::serve(options, load, terminated, |address| tracing::info!("listening on {address}")).await?;
-    Ok(ExitCode::SUCCESS)
+    Ok(tokio::task::spawn_blocking(move || Worker::start(&model, options)).await??)
 }
 
 fn limits(args: &ServeArgs) -> Limits {
@@ -52,6 +58,7 @@ fn limits(args: &ServeArgs) -> Limits {
         connections: args.max_connections,
         handshake_timeout: Duration::from_secs_f64(args.handshake_timeout),
         request_timeout: Duration::from_secs_f64(args.request_timeout),
+        idle_timeout: Duration::from_secs_f64(args.idle_timeout),
         keepalive: Duration::from_secs_f64(args.keepalive),
         connection_age: (args.max_connection_age > 0.0).then(|| Duration::from_secs_f64(args.max_connection_age)),
         progress_interval: Duration::from_secs_f64(args.progress_interval.max(0.01)),

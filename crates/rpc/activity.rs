@@ -1,0 +1,152 @@
+//! What a connection is good for: whether somebody who may call is there, and when he last did.
+//!
+//! Keep-alive pings are no sign of that: whoever holds a connection open for nothing answers them as well.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Requests of a connection without a token that are answered at a time: health checks, where they are open.
+const STRANGERS_MAX: usize = 8;
+
+/// How long connections may stay.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    /// Until the first request that is accepted.
+    pub(crate) first: Duration,
+    /// Without a request in flight.
+    pub(crate) idle: Duration,
+    /// Altogether; none: no limit.
+    pub(crate) life: Option<Duration>,
+}
+
+/// Of one connection. tonic puts it into the extensions of every request.
+#[derive(Debug)]
+pub(crate) struct Activity {
+    patience: Patience,
+    opened: Instant,
+    seen: Mutex<Seen>,
+}
+
+#[derive(Debug)]
+struct Seen {
+    accepted: bool,
+    in_flight: usize,
+    strangers: usize,
+    last: Instant,
+}
+
+impl Activity {
+    pub(crate) fn new(patience: Patience) -> Arc<Self> {
+        let opened = Instant::now();
+        let seen = Seen { accepted: false, in_flight: 0, strangers: 0, last: opened };
+        Arc::new(Self { patience, opened, seen: Mutex::new(seen) })
+    }
+
+    /// A request of somebody who may call; it is in flight until the guard is dropped.
+    pub(crate) fn accept(self: &Arc<Self>) -> InFlight {
+        let mut seen = self.seen();
+        seen.accepted = true;
+        seen.in_flight += 1;
+        InFlight { activity: Arc::clone(self), stranger: false }
+    }
+
+    /// A request that is answered whoever asks. It keeps no connection alive, and takes no room that others need; none if
+    /// the connection has as many as it gets.
+    pub(crate) fn accept_stranger(self: &Arc<Self>) -> Option<InFlight> {
+        let mut seen = self.seen();
+        if seen.strangers >= STRANGERS_MAX {
+            return None;
+        }
+        seen.strangers += 1;
+        Some(InFlight { activity: Arc::clone(self), stranger: true })
+    }
+
+    /// When the connection must be looked at again; none: it is to be closed.
+    pub(crate) fn next_look(&self, now: Instant) -> Option<Instant> {
+        let Patience { first, idle, life } = self.patience;
+        let seen = self.seen();
+        let end = match (seen.accepted, seen.in_flight) {
+            (false, _) => self.opened + first,
+            (true, 0) => seen.last + idle,
+            (true, _) => now + idle,
+        };
+        let end = life.map_or(end, |life| end.min(self.opened + life));
+        // Sooner than that if a request comes and goes meanwhile.
+        (end > now).then(|| end.min(now + idle))
+    }
+
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A request of a connection, until its answer is sent or given up.
+#[derive(Debug)]
+pub(crate) struct InFlight {
+    activity: Arc<Activity>,
+    stranger: bool,
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        let mut seen = self.activity.seen();
+        if self.stranger {
+            seen.strangers -= 1;
+        } else {
+            seen.in_flight -= 1;
+            seen.last = Instant::now();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn seconds(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    fn activity(life: Option<Duration>) -> (Arc<Activity>, Instant) {
+        let activity = Activity::new(Patience { first: seconds(10), idle: seconds(600), life });
+        let opened = activity.opened;
+        (activity, opened)
+    }
+
+    #[test]
+    fn without_an_accepted_request_a_connection_ends() {
+        let (activity, opened) = activity(None);
+        assert_eq!(activity.next_look(opened + seconds(9)), Some(opened + seconds(10)));
+        // What is let through without a token changes nothing.
+        let _health = activity.accept_stranger();
+        assert_eq!(activity.next_look(opened + seconds(10)), None);
+    }
+
+    #[test]
+    fn an_idle_connection_ends_and_a_busy_one_stays() {
+        let (activity, opened) = activity(None);
+        let call = activity.accept();
+        assert!(activity.next_look(opened + seconds(5000)).is_some());
+        drop(call);
+        let last = activity.seen().last;
+        assert_eq!(activity.next_look(last + seconds(599)), Some(last + seconds(600)));
+        assert_eq!(activity.next_look(last + seconds(600)), None);
+    }
+
+    #[test]
+    fn a_life_ends_whatever_happens() {
+        let (activity, opened) = activity(Some(seconds(60)));
+        let _call = activity.accept();
+        assert_eq!(activity.next_look(opened + seconds(59)), Some(opened + seconds(60)));
+        assert_eq!(activity.next_look(opened + seconds(60)), None);
+    }
+
+    #[test]
+    fn strangers_are_few() {
+        let (activity, _) = activity(None);
+        let mut held: Vec<_> = (0..STRANGERS_MAX).map(|_| activity.accept_stranger().unwrap()).collect();
+        assert!(activity.accept_stranger().is_none());
+        held.pop();
+        assert!(activity.accept_stranger().is_some());
+    }
+}
