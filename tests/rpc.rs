@@ -7,3 +7,4 @@ mod resume;
 mod security;
 mod server;
 mod stress;
+mod submit;

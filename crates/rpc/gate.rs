@@ -82,18 +82,19 @@ impl Tokens {
     }
 }
 
+/// The tokens of a file's text: one a line, without a byte order mark, comments (`#`) and blank lines.
+pub fn token_lines(text: &str) -> impl Iterator<Item = &str> {
+    let lines = text.trim_start_matches('\u{feff}').lines().map(str::trim);
+    lines.filter(|line| !line.is_empty() && !line.starts_with('#'))
+}
+
 fn read(path: &Path) -> std::io::Result<(Vec<[u8; 32]>, Option<SystemTime>)> {
     let meta = std::fs::metadata(path)?;
     if meta.len() > TOKENS_BYTES_MAX {
         return Err(std::io::Error::other("too large for a file of tokens"));
     }
     let text = std::fs::read_to_string(path)?;
-    let lines = text
-        .trim_start_matches('\u{feff}')
-        .lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty() && !line.starts_with('#'));
-    let hashes: Vec<[u8; 32]> = lines.map(|token| Sha256::digest(token).into()).collect();
+    let hashes: Vec<[u8; 32]> = token_lines(&text).map(|token| Sha256::digest(token).into()).collect();
     if hashes.is_empty() {
         return Err(std::io::Error::other("it holds no token: one a line is expected"));
     }

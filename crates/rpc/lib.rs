@@ -22,8 +22,8 @@ mod stream;
 mod tls;
 mod trace;
 
-pub use client::{Submission, SubmitError, submit};
-pub use gate::Tokens;
+pub use client::{Submission, SubmitError, Update, submit};
+pub use gate::{Tokens, token_lines};
 pub use serve::{Limits, Phase, ServeError, ServeOptions, serve};
 pub use tls::TlsFiles;
 pub use trace::Traces;

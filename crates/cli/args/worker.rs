@@ -124,7 +124,7 @@ pub(crate) struct SubmitArgs {
     /// Name of the job in the worker's logs
     #[arg(long, env = "CAPSIEVE_REQUEST_ID", value_name = "NAME", default_value = "")]
     pub(crate) request_id: String,
-    /// File with the bearer token in its first line
+    /// File with the bearer token: its first line that is not blank or a comment
     #[arg(long, env = "CAPSIEVE_TOKEN_FILE", value_name = "FILE")]
     pub(crate) token_file: Option<PathBuf>,
     /// PEM of the root that the worker's certificate leads to, if it is none of the system's
@@ -136,7 +136,7 @@ pub(crate) struct SubmitArgs {
     /// PEM of its key
     #[arg(long, env = "CAPSIEVE_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
     pub(crate) tls_key: Option<PathBuf>,
-    /// Seconds without any answer after which the job is given up
+    /// Seconds without a sign of life (progress, scores, a shard that is done) after which the job is given up
     #[arg(long, env = "CAPSIEVE_PATIENCE", value_name = "SECONDS", default_value_t = 300.0, value_parser = any_seconds)]
     pub(crate) patience: f64,
 }
