@@ -1,225 +1,17 @@
 //! `submit` against a worker that does what a test tells it: cuts, silence, refusals, lists of any length.
 
+mod fake;
+mod program;
+
 use std::collections::HashSet;
-use std::pin::Pin;
-use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use capsieve_rpc::v1::score_batch_request::Source;
 use capsieve_rpc::v1::score_batch_response::Event;
-use capsieve_rpc::v1::scoring_service_server::{ScoringService, ScoringServiceServer};
 use capsieve_rpc::{Submission, SubmitError, Update, v1};
-use futures::StreamExt;
-use tonic::body::Body;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Code, Status};
 
+use self::fake::{Fake, Turn, all, chunk, cut, done, progress, started, summary, tokens, turn, uris};
 use super::server::{of_pairs, of_shards, pairs, wait};
-use crate::support::{Ran, program, run};
-
-/// What the worker does with a call.
-struct Turn {
-    events: Box<dyn Iterator<Item = Event> + Send>,
-    /// Between two messages.
-    pause: Duration,
-    /// Behind them: this status, or nothing but the end of the stream.
-    end: Option<Status>,
-    /// Instead of all that: a proxy's answer.
-    http: Option<u16>,
-}
-
-fn turn(events: Vec<Event>, end: Option<Status>) -> Turn {
-    Turn { events: Box::new(events.into_iter()), pause: Duration::ZERO, end, http: None }
-}
-
-fn cut() -> Option<Status> {
-    Some(Status::unavailable("cut"))
-}
-
-type Script = dyn Fn(usize, &[String]) -> Turn + Send + Sync;
-
-/// A worker that keeps what it was asked, and gives to each call the turn that its script has for it.
-#[derive(Clone)]
-struct Fake {
-    script: Arc<Script>,
-    requests: Arc<Mutex<Vec<v1::ScoreBatchRequest>>>,
-    times: Arc<Mutex<Vec<Instant>>>,
-    /// Streams that are over, for whatever reason.
-    streams_over: Arc<Mutex<usize>>,
-    /// Names of shards in a request at most.
-    shard_bytes: usize,
-}
-
-struct Over(Arc<Mutex<usize>>);
-
-impl Drop for Over {
-    fn drop(&mut self) {
-        *self.0.lock().unwrap() += 1;
-    }
-}
-
-#[tonic::async_trait]
-impl ScoringService for Fake {
-    type ScoreBatchStream = Pin<Box<dyn futures::Stream<Item = Result<v1::ScoreBatchResponse, Status>> + Send>>;
-
-    async fn score_batch(
-        &self,
-        request: Request<v1::ScoreBatchRequest>,
-    ) -> Result<Response<Self::ScoreBatchStream>, Status> {
-        let request = request.into_inner();
-        if uris(&request).iter().map(String::len).sum::<usize>() > self.shard_bytes {
-            self.turn(request);
-            return Err(Status::resource_exhausted("the message is too large"));
-        }
-        let Turn { events, pause, end, .. } = self.turn(request);
-        let over = Over(Arc::clone(&self.streams_over));
-        let messages = futures::stream::iter(events).then(move |event| async move {
-            // A sleep of nothing lasts a millisecond.
-            if !pause.is_zero() {
-                tokio::time::sleep(pause).await;
-            }
-            Ok(v1::ScoreBatchResponse { event: Some(event) })
-        });
-        let stream = messages.chain(futures::stream::iter(end.map(Err))).map(move |message| {
-            let _held = &over;
-            message
-        });
-        Ok(Response::new(Box::pin(stream)))
-    }
-
-    async fn get_model_info(
-        &self,
-        _: Request<v1::GetModelInfoRequest>,
-    ) -> Result<Response<v1::GetModelInfoResponse>, Status> {
-        Err(Status::unimplemented("not asked for"))
-    }
-}
-
-impl Fake {
-    fn new(script: impl Fn(usize, &[String]) -> Turn + Send + Sync + 'static) -> Self {
-        Self {
-            script: Arc::new(script),
-            requests: Arc::default(),
-            times: Arc::default(),
-            streams_over: Arc::default(),
-            shard_bytes: usize::MAX,
-        }
-    }
-
-    fn turn(&self, request: v1::ScoreBatchRequest) -> Turn {
-        let mut requests = self.requests.lock().unwrap();
-        self.times.lock().unwrap().push(Instant::now());
-        let uris = uris(&request).to_vec();
-        requests.push(request);
-        (self.script)(requests.len() - 1, &uris)
-    }
-
-    /// Begins to serve; its endpoint.
-    async fn serve(&self) -> String {
-        self.serve_at("127.0.0.1:0").await
-    }
-
-    async fn serve_at(&self, address: &str) -> String {
-        let listener = tokio::net::TcpListener::bind(address).await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let service = ScoringServiceServer::new(self.clone()).max_decoding_message_size(16 << 20);
-        let proxy = Proxy { fake: self.clone(), service };
-        let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
-        tokio::spawn(tonic::transport::Server::builder().add_service(proxy).serve_with_incoming(incoming));
-        format!("http://{address}")
-    }
-
-    fn requests(&self) -> Vec<v1::ScoreBatchRequest> {
-        self.requests.lock().unwrap().clone()
-    }
-}
-
-/// What stands before the worker: answers in plain HTTP where the script says so.
-#[derive(Clone)]
-struct Proxy {
-    fake: Fake,
-    service: ScoringServiceServer<Fake>,
-}
-
-impl tonic::server::NamedService for Proxy {
-    const NAME: &'static str = "capsieve.v1.ScoringService";
-}
-
-impl tower::Service<http::Request<Body>> for Proxy {
-    type Response = http::Response<Body>;
-    type Error = std::convert::Infallible;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let number = self.fake.requests.lock().unwrap().len();
-        if let Some(code) = (self.fake.script)(number, &[]).http {
-            self.fake.turn(v1::ScoreBatchRequest::default());
-            let answer = http::Response::builder().status(code).body(Body::default()).unwrap();
-            return Box::pin(std::future::ready(Ok(answer)));
-        }
-        tower::Service::call(&mut self.service, request)
-    }
-}
-
-fn uris(request: &v1::ScoreBatchRequest) -> &[String] {
-    match &request.source {
-        Some(Source::Shards(shards)) => &shards.uris,
-        _ => &[],
-    }
-}
-
-fn tokens(request: &v1::ScoreBatchRequest) -> Vec<&[u8]> {
-    match &request.source {
-        Some(Source::Shards(shards)) => shards.resume_tokens.iter().map(AsRef::as_ref).collect(),
-        _ => Vec::new(),
-    }
-}
-
-fn started<S: AsRef<str>>(shards: &[S]) -> Event {
-    let shards = shards.iter().map(|shard| shard.as_ref().to_owned()).collect();
-    Event::Started(v1::ScoreStarted { model_hash: "model".to_owned(), shards, ..Default::default() })
-}
-
-/// Scores of rows and captions; the token names the last row.
-fn chunk(shard_index: u32, entries: &[(u64, u32)]) -> Event {
-    let (row, caption) = entries.iter().copied().unzip();
-    let token = format!("{shard_index}:{}", entries.last().unwrap().0);
-    let scores = vec![0.5; entries.len()];
-    Event::Chunk(v1::ScoreChunk {
-        shard_index,
-        row,
-        caption,
-        itm_score: scores.clone(),
-        cosine_score: scores,
-        resume_token: token.into(),
-        ..Default::default()
-    })
-}
-
-fn done(shard_index: u32, rows: u64) -> Event {
-    Event::ShardDone(v1::ShardDone { shard_index, rows, scored: rows, ..Default::default() })
-}
-
-fn progress(rows: u64, pairs: u64) -> Event {
-    Event::Progress(v1::ScoreProgress { rows, pairs, rows_total: 100, ..Default::default() })
-}
-
-fn summary(pairs: u64) -> Event {
-    Event::Summary(v1::ScoreSummary { pairs, ..Default::default() })
-}
-
-/// A turn that lists what it is asked for and does it, a row a shard.
-fn all(uris: &[String]) -> Turn {
-    let dones = (0..u32::try_from(uris.len()).unwrap()).map(|shard| done(shard, 1));
-    let lists: Vec<Event> = uris.chunks(10_000).map(started).collect();
-    let pairs = uris.len() as u64;
-    let events = lists.into_iter().chain(dones).chain(std::iter::once_with(move || summary(pairs)));
-    Turn { events: Box::new(events), ..turn(Vec::new(), None) }
-}
 
 fn submission(endpoint: String, request: v1::ScoreBatchRequest) -> Submission {
     Submission {
@@ -420,7 +212,8 @@ fn a_worker_that_takes_less_gets_smaller_requests() {
             0 => turn(vec![started(&first), done(0, 1)], cut()),
             _ => all(uris),
         };
-        let fake = Fake { shard_bytes: 64 << 10, ..Fake::new(script) };
+        let mut fake = Fake::new(script);
+        fake.shard_bytes = 64 << 10;
         let total = submit(&submission(fake.serve().await, of_shards(&["/in/"]))).await.unwrap();
         assert_eq!(total.shards, 2000);
         assert!(fake.requests().len() > 4, "{}", fake.requests().len());
@@ -429,31 +222,21 @@ fn a_worker_that_takes_less_gets_smaller_requests() {
 
 #[test]
 fn what_another_attempt_mends_is_tried_again() {
-    let ends = [
-        Turn { http: Some(503), ..turn(Vec::new(), None) },
-        Turn { http: Some(502), ..turn(Vec::new(), None) },
-        Turn { http: Some(500), ..turn(Vec::new(), None) },
-        turn(Vec::new(), Some(Status::deadline_exceeded("a proxy has enough"))),
-        turn(vec![started(&["/a"]), progress(0, 0)], Some(Status::deadline_exceeded("a proxy has enough"))),
-        // No summary, and no error either.
-        turn(vec![started(&["/a"]), progress(0, 0)], None),
-        turn(vec![started(&["/a"])], Some(Status::unknown("h2 protocol error"))),
-        turn(vec![started(&["/a"])], Some(Status::cancelled("by somebody"))),
-    ];
-    let count = ends.len();
-    let ends = Mutex::new(ends.map(Some));
+    let deadline = || Some(Status::deadline_exceeded("a proxy has enough"));
     wait(async move {
-        // The script is asked twice about a call: the proxy looks ahead.
-        let fake = Fake::new(move |call, uris| match ends.lock().unwrap().get_mut(call) {
-            None => turn(vec![started(&["/a"]), chunk(0, &[(0, 0)]), done(0, 1), summary(1)], None),
-            Some(end) if uris.is_empty() && end.as_ref().is_some_and(|end| end.http.is_none()) => turn(vec![], None),
-            Some(end) if uris.is_empty() => {
-                Turn { http: end.as_ref().and_then(|end| end.http), ..turn(Vec::new(), None) }
-            }
-            Some(end) => end.take().unwrap(),
+        let fake = Fake::new(move |call, _| match call {
+            0 => turn(Vec::new(), deadline()),
+            1 => turn(vec![started(&["/a"]), progress(0, 0)], deadline()),
+            // No summary, and no error either.
+            2 => turn(vec![started(&["/a"]), progress(0, 0)], None),
+            3 => turn(vec![started(&["/a"])], Some(Status::unknown("h2 protocol error"))),
+            4 => turn(vec![started(&["/a"])], Some(Status::cancelled("by somebody"))),
+            _ => turn(vec![started(&["/a"]), chunk(0, &[(0, 0)]), done(0, 1), summary(1)], None),
         });
+        fake.proxied.lock().unwrap().extend([500, 502, 503]);
         let total = submit(&submission(fake.serve().await, of_shards(&["/a"]))).await.unwrap();
-        assert_eq!((total.rows, fake.requests().len()), (1, count + 1));
+        assert_eq!((total.rows, fake.requests().len()), (1, 6));
+        assert!(fake.proxied.lock().unwrap().is_empty(), "the proxy's answers came first");
     });
 }
 
@@ -525,107 +308,4 @@ fn messages_that_contradict_each_other_lose_no_row_in_silence() {
             assert!(matches!(error, SubmitError::Contract { .. }) && error.to_string().contains(words), "{error}");
         }
     });
-}
-
-/// A worker that scores for ever.
-fn endless() -> Fake {
-    Fake::new(|_, _| {
-        let rows = (0u64..).map(|row| chunk(0, &[(row, 0), (row, 1)]));
-        let events = std::iter::once(started(&["/a"])).chain(rows);
-        Turn { events: Box::new(events), pause: Duration::from_millis(1), ..turn(Vec::new(), None) }
-    })
-}
-
-/// `capsieve submit` of `/a`.
-fn command(endpoint: &str) -> std::process::Command {
-    let mut command = program();
-    command.args(["submit", "--input", "/a", "--endpoint", endpoint]);
-    command
-}
-
-/// Serves on a runtime of its own while `work` runs the program.
-fn beside(fake: &Fake, work: impl FnOnce(&str)) {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-    let endpoint = runtime.block_on(fake.serve());
-    work(&endpoint);
-}
-
-#[test]
-fn a_reader_that_has_seen_enough_stops_the_job() {
-    use std::io::BufRead;
-    let fake = endless();
-    beside(&fake, |endpoint| {
-        let mut child = command(endpoint).spawn().unwrap();
-        let mut line = String::new();
-        std::io::BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert!(line.contains("\"shard\":\"/a\""), "{line}");
-        // The pipe is closed.
-        let ran = child.wait_with_output().unwrap();
-        let words = String::from_utf8(ran.stderr).unwrap();
-        assert_eq!(ran.status.code(), Some(1), "{words}");
-        assert!(words.starts_with("error: standard output was closed") && words.lines().count() == 1, "{words}");
-        let start = Instant::now();
-        while *fake.streams_over.lock().unwrap() == 0 {
-            assert!(start.elapsed() < Duration::from_secs(10), "the call is cancelled");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    });
-}
-
-#[test]
-#[cfg(unix)]
-fn an_interruption_says_what_stays() {
-    for (more, words) in [
-        (&[][..], "the lines that were printed stay"),
-        (&["--output", "/out/"], "the shards that the worker has finished stay, the same command goes on"),
-        (&["--output", "/out/", "--overwrite"], "without --overwrite"),
-    ] {
-        let fake = endless();
-        beside(&fake, |endpoint| {
-            // Nobody reads its output: it is full when the signal comes.
-            let child = command(endpoint).args(more).spawn().unwrap();
-            std::thread::sleep(Duration::from_millis(1500));
-            let sent = std::process::Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
-            assert!(sent.success());
-            let start = Instant::now();
-            let ran = child.wait_with_output().unwrap();
-            let stderr = String::from_utf8(ran.stderr).unwrap();
-            assert!(ran.status.code() == Some(1) && stderr.contains(words), "{stderr}");
-            assert!(start.elapsed() < Duration::from_secs(10), "at once");
-        });
-    }
-}
-
-#[test]
-fn the_token_is_a_line_as_the_worker_reads_it() {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("tokens");
-    for (text, want) in [
-        ("\u{feff}# of the team\n\n  secret  \nother\n", Some("Bearer secret")),
-        ("\u{feff}secret\r\n", Some("Bearer secret")),
-        ("# nothing\n\n", None),
-    ] {
-        std::fs::write(&file, text).unwrap();
-        let seen = Arc::new(Mutex::new(None));
-        let fake = Fake::new(|_, uris| all(uris));
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let endpoint = runtime.block_on(async {
-            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let address = listener.local_addr().unwrap();
-            let into = Arc::clone(&seen);
-            let look = move |request: Request<()>| {
-                *into.lock().unwrap() =
-                    request.metadata().get("authorization").map(|value| value.to_str().unwrap().to_owned());
-                Ok(request)
-            };
-            let service = ScoringServiceServer::with_interceptor(fake.clone(), look);
-            let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
-            tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
-            format!("http://{address}")
-        });
-        let ran: Ran = run(command(&endpoint).args(["--token-file", file.to_str().unwrap()]));
-        assert_eq!(seen.lock().unwrap().as_deref(), want, "{text:?}: {ran:?}");
-        assert_eq!(ran.code, Some(if want.is_some() { 0 } else { 1 }), "{text:?}: {ran:?}");
-        assert!(want.is_some() || ran.stderr.contains("holds no token"), "{ran:?}");
-    }
 }
