@@ -110,3 +110,16 @@ impl State {
         tracing::info!("{rows} of {total} rows, {rate}, {failed} without a score{shards}, {left} left");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_show_where_there_are_any() {
+        let shards = Shards::default();
+        assert_eq!(shards.words(), "");
+        shards.show(3, 10);
+        assert_eq!(shards.clone().words(), ", 3 of 10 shards");
+    }
+}
