@@ -39,7 +39,7 @@ fn a_sign_of_life_renews_patience() {
     wait(async {
         // Five calls of 0.6 s each, far beyond the patience in all, and no scores; then the shard is done.
         let fake = Fake::new(|call, _| {
-            let alive = (0..6).map(|i| progress((call * 6 + i) as u64, 0));
+            let alive = (0..6).map(|_| progress(0, 0));
             let events: Vec<Event> = std::iter::once(started(&["/a"])).chain(alive).collect();
             let last = vec![started(&["/a"]), done(0, 60), summary(60)];
             let turn = if call < 5 { turn(events, cut()) } else { turn(last, None) };
@@ -98,7 +98,7 @@ fn only_steps_make_the_delays_short_again() {
 #[test]
 fn what_is_left_is_asked_for_by_name() {
     wait(async {
-        let fake = Fake::new(|call, uris| match call {
+        let fake = Fake::new(|call, request| match call {
             // Before the whole list is there, nothing is known.
             0 => turn(vec![started(&["/in/a", "/in/b"])], cut()),
             // The list in two parts; the second shard is cut within its second row.
@@ -109,8 +109,13 @@ fn what_is_left_is_asked_for_by_name() {
                 turn([&list[..], &a, &b].concat(), Some(Status::deadline_exceeded("a proxy has enough")))
             }
             // The indices are others here.
-            2 => turn(vec![started(uris), chunk(0, &[(1, 1), (2, 0)]), done(0, 2), chunk(1, &[(0, 0)])], cut()),
-            _ => turn(vec![started(uris), done(0, 0), chunk(1, &[(0, 0), (0, 1)]), done(1, 1), summary(3)], None),
+            2 => {
+                turn(vec![started(uris(request)), chunk(0, &[(1, 1), (2, 0)]), done(0, 2), chunk(1, &[(0, 0)])], cut())
+            }
+            _ => turn(
+                vec![started(uris(request)), done(0, 0), chunk(1, &[(0, 0), (0, 1)]), done(1, 1), summary(3)],
+                None,
+            ),
         });
         let mut request = of_shards(&["/in/"]);
         request.request_id = "mine".to_owned();
@@ -146,7 +151,7 @@ fn what_is_left_is_asked_for_by_name() {
 #[test]
 fn totals_of_a_sink_are_over_all_attempts() {
     wait(async {
-        let fake = Fake::new(|call, uris| match call {
+        let fake = Fake::new(|call, request| match call {
             // Pairs 20 are said when the first shard is done; 33 are of the second too, which is cut.
             0 => turn(
                 vec![started(&["/a", "/b", "/c"]), progress(5, 9), done(0, 10), progress(10, 20), progress(16, 33)],
@@ -156,7 +161,10 @@ fn totals_of_a_sink_are_over_all_attempts() {
             _ => {
                 let there = v1::ShardDone { shard_index: 0, rows: 8, scored: 7, skipped: true, ..Default::default() };
                 let there = v1::ShardDone { errors: [("earlier".to_owned(), 1)].into(), ..there };
-                turn(vec![started(uris), Event::ShardDone(there), progress(2, 3), done(1, 4), summary(6)], None)
+                turn(
+                    vec![started(uris(request)), Event::ShardDone(there), progress(2, 3), done(1, 4), summary(6)],
+                    None,
+                )
             }
         });
         let request = with_sink(of_shards(&["/in/"]), "/out/");
@@ -183,12 +191,12 @@ fn what_one_request_cannot_name_goes_in_several() {
         for (count, length, want) in [(150_002, 8, vec![100_000, 50_000]), (5_000, 4_000, vec![2_084, 2_084, 830])] {
             let list = names(count, length);
             let first = list.clone();
-            let fake = Fake::new(move |call, uris| match call {
+            let fake = Fake::new(move |call, request| match call {
                 0 => {
                     let head = first.chunks(1_000).map(started).collect::<Vec<_>>();
                     turn([head, vec![done(0, 1), done(1, 1)]].concat(), cut())
                 }
-                _ => all(uris),
+                _ => all(request),
             });
             let request = with_sink(of_shards(&["/in/"]), "/out/");
             let total = submit(&submission(fake.serve().await, request)).await.unwrap();
@@ -208,9 +216,9 @@ fn a_worker_that_takes_less_gets_smaller_requests() {
     wait(async {
         let list: Vec<String> = (0..2000).map(|shard| format!("/in/{shard:0100}.parquet")).collect();
         let first = list.clone();
-        let script = move |call, uris: &[String]| match call {
+        let script = move |call, request: &v1::ScoreBatchRequest| match call {
             0 => turn(vec![started(&first), done(0, 1)], cut()),
-            _ => all(uris),
+            _ => all(request),
         };
         let mut fake = Fake::new(script);
         fake.shard_bytes = 64 << 10;
@@ -241,10 +249,38 @@ fn what_another_attempt_mends_is_tried_again() {
 }
 
 #[test]
+fn a_connection_that_is_told_to_go_costs_no_row() {
+    wait(async {
+        let rows = 30;
+        let mut fake = Fake::new(move |_, request| {
+            let next = tokens(request).first().map_or(0, |token| {
+                let (_, row) = std::str::from_utf8(token).unwrap().split_once(':').unwrap();
+                row.parse::<u64>().unwrap() + 1
+            });
+            let chunks = (next..rows).map(|row| chunk(0, &[(row, 0)]));
+            let events = std::iter::once(started(&["/a"])).chain(chunks).chain([done(0, rows), summary(rows)]);
+            Turn { pause: Duration::from_millis(30), ..turn(events.collect(), None) }
+        });
+        fake.connection_age = Some(Duration::from_millis(300));
+        let mut seen = Vec::new();
+        let on = |update: &Update<'_>| {
+            if let Event::Chunk(chunk) = update.event {
+                seen.extend(&chunk.row);
+            }
+            Ok(())
+        };
+        let endpoint = fake.serve().await;
+        let total = capsieve_rpc::submit(&submission(endpoint, of_shards(&["/a"])), on).await.unwrap();
+        assert_eq!((total.rows, seen), (rows, (0..rows).collect::<Vec<_>>()));
+        assert!(fake.requests().len() > 1, "it was cut");
+    });
+}
+
+#[test]
 fn a_worker_that_comes_late_is_waited_for() {
     wait(async {
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-        let fake = Fake::new(|_, uris| all(uris));
+        let fake = Fake::new(|_, request| all(request));
         let submission = submission(format!("http://{address}"), of_shards(&["/a"]));
         let submitting = tokio::spawn(async move { submit(&submission).await });
         tokio::time::sleep(Duration::from_millis(500)).await;

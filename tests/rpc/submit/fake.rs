@@ -30,7 +30,7 @@ pub(crate) fn cut() -> Option<Status> {
     Some(Status::unavailable("cut"))
 }
 
-type Script = dyn Fn(usize, &[String]) -> Turn + Send + Sync;
+type Script = dyn Fn(usize, &v1::ScoreBatchRequest) -> Turn + Send + Sync;
 
 /// A worker that keeps what it was asked, and gives to each call the turn that its script has for it.
 #[derive(Clone)]
@@ -44,6 +44,8 @@ pub(crate) struct Fake {
     pub(crate) shard_bytes: usize,
     /// HTTP's codes by which a proxy answers the first calls, the last one first.
     pub(crate) proxied: Arc<Mutex<Vec<u16>>>,
+    /// Connections are told to go when they are so old, and cut a little later.
+    pub(crate) connection_age: Option<Duration>,
     /// What stood in `authorization`.
     pub(crate) tokens: Arc<Mutex<Vec<Option<String>>>>,
 }
@@ -96,7 +98,7 @@ impl ScoringService for Fake {
 }
 
 impl Fake {
-    pub(crate) fn new(script: impl Fn(usize, &[String]) -> Turn + Send + Sync + 'static) -> Self {
+    pub(crate) fn new(script: impl Fn(usize, &v1::ScoreBatchRequest) -> Turn + Send + Sync + 'static) -> Self {
         Self {
             script: Arc::new(script),
             requests: Arc::default(),
@@ -104,6 +106,7 @@ impl Fake {
             streams_over: Arc::default(),
             tokens: Arc::default(),
             proxied: Arc::default(),
+            connection_age: None,
             shard_bytes: usize::MAX,
         }
     }
@@ -111,9 +114,8 @@ impl Fake {
     fn turn(&self, request: v1::ScoreBatchRequest) -> Turn {
         let mut requests = self.requests.lock().unwrap();
         self.times.lock().unwrap().push(Instant::now());
-        let uris = uris(&request).to_vec();
         requests.push(request);
-        (self.script)(requests.len() - 1, &uris)
+        (self.script)(requests.len() - 1, &requests[requests.len() - 1])
     }
 
     /// Begins to serve; its endpoint.
@@ -127,7 +129,11 @@ impl Fake {
         let service = ScoringServiceServer::new(self.clone()).max_decoding_message_size(16 << 20);
         let proxy = Proxy { fake: self.clone(), service };
         let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
-        tokio::spawn(tonic::transport::Server::builder().add_service(proxy).serve_with_incoming(incoming));
+        let mut server = tonic::transport::Server::builder();
+        if let Some(age) = self.connection_age {
+            server = server.max_connection_age(age).max_connection_age_grace(age / 10);
+        }
+        tokio::spawn(server.add_service(proxy).serve_with_incoming(incoming));
         format!("http://{address}")
     }
 
@@ -213,7 +219,8 @@ pub(crate) fn summary(pairs: u64) -> Event {
 }
 
 /// A turn that lists what it is asked for and does it, a row a shard.
-pub(crate) fn all(uris: &[String]) -> Turn {
+pub(crate) fn all(request: &v1::ScoreBatchRequest) -> Turn {
+    let uris = uris(request);
     let dones = (0..u32::try_from(uris.len()).unwrap()).map(|shard| done(shard, 1));
     let lists: Vec<Event> = uris.chunks(10_000).map(started).collect();
     let pairs = uris.len() as u64;

@@ -92,7 +92,7 @@ fn the_token_is_a_line_as_the_worker_reads_it() {
         ("# nothing\n\n", None),
     ] {
         std::fs::write(&file, text).unwrap();
-        let fake = Fake::new(|_, uris| all(uris));
+        let fake = Fake::new(|_, request| all(request));
         let mut ran = None;
         beside(&fake, |endpoint| {
             ran = Some(run(command(endpoint).args(["--token-file", file.to_str().unwrap()])));
