@@ -10,4 +10,5 @@ mod server;
 #[cfg(unix)]
 mod sinks;
 mod stress;
+mod submit;
 mod tls;

@@ -1,6 +1,8 @@
 //! A running job as a person sees it: a bar on a terminal, a log line now and then elsewhere.
 
 use std::io::{IsTerminal, stderr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use capsieve_worker::Progress;
@@ -10,8 +12,33 @@ const TICK: Duration = Duration::from_millis(200);
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 const BAR: &str = "{wide_bar} {pos}/{len} rows, {msg}";
 
+/// Shards of a job that has several; a clone shows the same ones.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Shards {
+    done: Arc<AtomicU32>,
+    total: Arc<AtomicU32>,
+}
+
+impl Shards {
+    pub(crate) fn show(&self, done: u32, total: u32) {
+        self.done.store(done, Ordering::Relaxed);
+        self.total.store(total, Ordering::Relaxed);
+    }
+
+    /// ", 3 of 10 shards", or nothing where there are none.
+    fn words(&self) -> String {
+        let (done, total) = (self.done.load(Ordering::Relaxed), self.total.load(Ordering::Relaxed));
+        if total == 0 { String::new() } else { format!(", {done} of {total} shards") }
+    }
+}
+
 /// Runs `job` to its end and shows `progress` meanwhile.
 pub(crate) async fn shown<T>(progress: &Progress, job: impl Future<Output = T>) -> T {
+    shown_with(progress, &Shards::default(), job).await
+}
+
+/// The same of a job of several shards.
+pub(crate) async fn shown_with<T>(progress: &Progress, shards: &Shards, job: impl Future<Output = T>) -> T {
     tokio::pin!(job);
     let bar = stderr().is_terminal().then(bar);
     let mut ticks = tokio::time::interval(TICK);
@@ -28,9 +55,9 @@ pub(crate) async fn shown<T>(progress: &Progress, job: impl Future<Output = T>) 
             // The clock starts when the shard is open and the model loaded.
             _ = ticks.tick() => match &bar {
                 _ if progress.rows_total() == 0 => (start, logged) = (Instant::now(), Instant::now()),
-                Some(bar) => State::now(progress, start).draw(bar),
+                Some(bar) => State::now(progress, shards, start).draw(bar),
                 None if logged.elapsed() >= LOG_INTERVAL => {
-                    State::now(progress, start).log();
+                    State::now(progress, shards, start).log();
                     logged = Instant::now();
                 }
                 None => {}
@@ -51,10 +78,11 @@ struct State {
     pairs_per_second: f64,
     /// "1h 2m 3s", or that nobody knows yet.
     left: String,
+    shards: String,
 }
 
 impl State {
-    fn now(progress: &Progress, start: Instant) -> Self {
+    fn now(progress: &Progress, shards: &Shards, start: Instant) -> Self {
         let (rows, total, seconds) = (progress.rows(), progress.rows_total(), start.elapsed().as_secs_f64().max(1e-9));
         let left = seconds / rows.max(1) as f64 * total.saturating_sub(rows) as f64;
         // A clock of whole seconds; a shard does not take longer than its cap.
@@ -65,18 +93,33 @@ impl State {
             failed: progress.failed(),
             pairs_per_second: progress.pairs() as f64 / seconds,
             left: left.map_or_else(|| "?".to_owned(), |left| HumanDuration(left).to_string()),
+            shards: shards.words(),
         }
     }
 
     fn draw(&self, bar: &ProgressBar) {
-        let Self { rows, total, failed, pairs_per_second, left } = self;
+        let Self { rows, total, failed, pairs_per_second, left, shards } = self;
         bar.set_length(*total);
         bar.set_position(*rows);
-        bar.set_message(format!("{pairs_per_second:.1} pairs/s, {failed} failed, {left} left"));
+        bar.set_message(format!("{pairs_per_second:.1} pairs/s, {failed} failed{shards}, {left} left"));
     }
 
     fn log(&self) {
-        let Self { rows, total, failed, pairs_per_second, left } = self;
-        tracing::info!("{rows} of {total} rows, {pairs_per_second:.1} pairs/s, {failed} without a score, {left} left");
+        let Self { rows, total, failed, pairs_per_second, left, shards } = self;
+        let rate = format!("{pairs_per_second:.1} pairs/s");
+        tracing::info!("{rows} of {total} rows, {rate}, {failed} without a score{shards}, {left} left");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_show_where_there_are_any() {
+        let shards = Shards::default();
+        assert_eq!(shards.words(), "");
+        shards.show(3, 10);
+        assert_eq!(shards.clone().words(), ", 3 of 10 shards");
     }
 }

@@ -1,28 +1,28 @@
-//! A call of a worker from the other side: sent again with the resume tokens whenever the stream is cut, until every row has
-//! come exactly once.
+//! A call of a worker from the other side: sent again for what is left whenever the stream is cut, until every row has come
+//! exactly once.
+//!
+//! `work.rs` knows what is left and counts what came, `trials.rs` says whether and when another attempt is worth it, and
+//! `error.rs` what a person reads when none is.
 
-use std::collections::HashMap;
-use std::time::{Duration, Instant};
+mod connection;
+mod counts;
+mod error;
+mod trials;
+mod work;
 
-use backon::{BackoffBuilder, ExponentialBuilder};
-use tonic::codec::CompressionEncoding;
+use std::time::Duration;
+
 use tonic::metadata::AsciiMetadataValue;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
-use tonic::{Code, Request, Status};
-use tonic_types::StatusExt;
+use tonic::transport::Channel;
+use tonic::{Request, Status};
 
+pub use error::SubmitError;
+
+use self::trials::{Name, Trials, words};
+use self::work::Work;
 use crate::v1;
-use crate::v1::score_batch_request::Source;
 use crate::v1::score_batch_response::Event;
 use crate::v1::scoring_service_client::ScoringServiceClient;
-
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// A silent connection is asked for a sign of life this often: a worker that vanished is noticed.
-const KEEPALIVE: Duration = Duration::from_secs(20);
-const DELAY_MIN: Duration = Duration::from_millis(200);
-const DELAY_MAX: Duration = Duration::from_secs(10);
-/// Bytes of a message from the worker: a chunk has two million at most.
-const MESSAGE_BYTES_MAX: usize = 16 << 20;
 
 /// What to send to whom.
 #[derive(Clone, Debug)]
@@ -35,259 +35,104 @@ pub struct Submission {
     pub identity: Option<(Vec<u8>, Vec<u8>)>,
     /// Bearer token.
     pub token: Option<String>,
-    /// The request, without tokens.
+    /// The request, of shards, without resume tokens.
     pub request: v1::ScoreBatchRequest,
-    /// A cut stream is given up when nothing came for so long.
+    /// The work is given up when no sign of life (progress, scores, a shard that is done) came for so long.
     pub patience: Duration,
+    /// Longest pause between two attempts; [`Submission::DELAY_MAX`] unless there is a reason.
+    pub delay_max: Duration,
 }
 
-/// Why a submission failed.
-#[derive(Debug, thiserror::Error)]
-pub enum SubmitError {
-    /// The endpoint is no address.
-    #[error("{endpoint} is no endpoint: expected http://HOST:PORT or https://HOST:PORT")]
-    Endpoint {
-        /// As given.
-        endpoint: String,
-        /// Why.
-        source: tonic::transport::Error,
-    },
-    /// The token has characters that no header can carry.
-    #[error("the bearer token has characters that cannot be sent")]
-    Token,
-    /// The worker refused or failed, and asking again would not help or did not.
-    #[error("{endpoint} answers {}: {message}", name(*code))]
-    Refused {
-        /// The worker.
-        endpoint: String,
-        /// Its code.
-        code: Code,
-        /// Its words.
-        message: String,
-    },
+impl Submission {
+    /// Long enough that a worker that restarts is not stormed, short enough that nobody waits for nothing.
+    pub const DELAY_MAX: Duration = Duration::from_secs(10);
 }
 
-/// Sends the request until the worker has answered it whole. `on` sees every message once.
+/// A message of the worker, and what it comes to.
+#[derive(Debug)]
+pub struct Update<'a> {
+    /// The shards of this attempt: what the event's `shard_index` points into.
+    pub shards: &'a [String],
+    /// The message; summaries are not shown.
+    pub event: &'a Event,
+    /// How far the work is, over all attempts: its numbers never fall.
+    pub so_far: v1::ScoreProgress,
+}
+
+/// Sends the request until the worker has answered it whole. `on` sees every message once; its error ends the call.
+///
+/// The summary is over all attempts, each row counted once. `pairs` is exact where scores are streamed; with a sink it is
+/// what the worker said of shards that it finished: a cut may lose the pairs scored since its last progress message before
+/// that shard's end.
 ///
 /// # Errors
-/// The worker refuses the request, or cannot be reached for as long as the submission has patience.
+/// The worker refuses the request, shows no sign of life for as long as the submission has patience, or is cut again and
+/// again without getting on; or `on` fails.
 pub async fn submit(
     submission: &Submission,
-    mut on: impl FnMut(&[String], &Event),
+    mut on: impl FnMut(&Update<'_>) -> std::io::Result<()>,
 ) -> Result<v1::ScoreSummary, SubmitError> {
-    let mut client = client(submission)?;
-    let (mut attempt, begun) = (Attempt::default(), Instant::now());
-    let mut delays = delays();
-    let mut alive = Instant::now();
-    loop {
-        let before = attempt.steps;
-        let status = match attempt.once(&mut client, submission, &mut on).await {
-            Ok(last) => {
-                let seconds = begun.elapsed().as_secs_f64();
-                return Ok(v1::ScoreSummary { seconds, ..attempt.total(submission.request.sink.is_some(), last) });
-            }
-            Err(status) => status,
+    let mut client = connection::client(submission)?;
+    let mut work = Work::new(&submission.request)?;
+    let mut trials = Trials::new(submission);
+    while let Some(request) = work.rest() {
+        let status = match once(&mut client, submission, request, (&mut work, &mut trials), &mut on).await {
+            Ok(()) => continue,
+            Err(End::Final(error)) => return Err(error),
+            Err(End::Cut(status)) => status,
         };
-        if attempt.steps > before {
-            (alive, delays) = (Instant::now(), self::delays());
+        if work.splits(&status) {
+            continue;
         }
-        if !retries(&status) || alive.elapsed() >= submission.patience {
-            let (endpoint, message) = (submission.endpoint.clone(), status.message().to_owned());
-            return Err(SubmitError::Refused { endpoint, code: status.code(), message });
-        }
-        let asked = status.get_details_retry_info().and_then(|info| info.retry_delay).unwrap_or_default();
-        let delay = delays.next().unwrap_or(DELAY_MAX).max(asked);
-        tracing::warn!("{}: {}, again in {delay:.1?}", name(status.code()), status.message());
+        let delay = trials.again(&status)?;
+        let (code, words) = (Name(status.code()), words(&status));
+        tracing::warn!("{}: {code}: {words}, again in {delay:.1?}", submission.endpoint);
         tokio::time::sleep(delay).await;
     }
+    Ok(work.total(trials.begun()))
 }
 
-/// Delays between attempts: they grow, and differ between clients.
-fn delays() -> backon::ExponentialBackoff {
-    ExponentialBuilder::default()
-        .with_min_delay(DELAY_MIN)
-        .with_max_delay(DELAY_MAX)
-        .with_jitter()
-        .without_max_times()
-        .build()
+/// Why an attempt is over before its summary.
+enum End {
+    /// Perhaps another one goes on.
+    Cut(Status),
+    /// None would.
+    Final(SubmitError),
 }
 
-/// What another attempt, perhaps on another worker, may mend.
-fn retries(status: &Status) -> bool {
-    let too_large = status.code() == Code::ResourceExhausted && status.get_details_retry_info().is_none();
-    let transport =
-        matches!(status.code(), Code::Unknown | Code::Internal) && status.get_details_error_info().is_none();
-    matches!(status.code(), Code::Unavailable | Code::ResourceExhausted | Code::Cancelled) && !too_large || transport
-}
-
-/// What is known between attempts.
-#[derive(Default)]
-struct Attempt {
-    /// The last token of each shard.
-    tokens: HashMap<String, Vec<u8>>,
-    /// Messages that brought the work on.
-    steps: u64,
-    /// What was streamed so far.
-    counts: Counts,
-    /// Shards that are done, as the attempt that did them says.
-    done: HashMap<String, v1::ShardDone>,
-}
-
-impl Attempt {
-    async fn once(
-        &mut self,
-        client: &mut ScoringServiceClient<Channel>,
-        submission: &Submission,
-        on: &mut impl FnMut(&[String], &Event),
-    ) -> Result<v1::ScoreSummary, Status> {
-        let mut request = submission.request.clone();
-        if let Some(Source::Shards(shards)) = &mut request.source {
-            shards.resume_tokens = self.tokens.values().map(|token| token.clone().into()).collect();
-        }
-        let mut request = Request::new(request);
-        if let Some(token) = &submission.token {
-            let value = AsciiMetadataValue::try_from(format!("Bearer {token}"));
-            request.metadata_mut().insert("authorization", value.map_err(|_| Status::unauthenticated("bad token"))?);
-        }
-        let mut stream = client.score_batch(request).await?.into_inner();
-        let mut shards = Vec::new();
-        while let Some(message) = stream.message().await? {
-            let Some(event) = message.event else { continue };
-            if let Event::Started(started) = &event {
-                shards.clone_from(&started.shards);
-            }
-            self.note(&shards, &event);
-            match event {
-                Event::Summary(summary) => return Ok(summary),
-                event => on(&shards, &event),
-            }
-        }
-        Err(Status::unavailable("the stream ended without a summary"))
-    }
-
-    fn note(&mut self, shards: &[String], event: &Event) {
-        let (index, token) = match event {
-            Event::Chunk(chunk) => {
-                self.counts.add(chunk);
-                (chunk.shard_index, &chunk.resume_token)
-            }
-            Event::ShardDone(done) => {
-                self.counts.end_row();
-                (done.shard_index, &done.resume_token)
-            }
-            _ => return,
-        };
-        self.steps += 1;
-        let Some(uri) = shards.get(index as usize) else { return };
-        if !token.is_empty() {
-            self.tokens.insert(uri.clone(), token.to_vec());
-        }
-        if let Event::ShardDone(done) = event {
-            // An attempt that finds the work done knows less than the one that did it.
-            let first = self.done.entry(uri.clone()).or_insert_with(|| done.clone());
-            if first.skipped {
-                first.clone_from(done);
-            }
-        }
-    }
-
-    /// Over all attempts.
-    fn total(self, sink: bool, last: v1::ScoreSummary) -> v1::ScoreSummary {
-        let mut total =
-            if sink { v1::ScoreSummary { pairs: last.pairs, ..Default::default() } } else { self.counts.summary };
-        total.shards = last.shards;
-        for done in self.done.into_values().filter(|_| sink) {
-            total.rows += done.rows;
-            total.scored += done.scored;
-            total.failed += done.rows - done.scored;
-            for (status, rows) in done.errors {
-                *total.errors.entry(status).or_default() += rows;
-            }
-        }
-        total
+impl From<Status> for End {
+    fn from(status: Status) -> Self {
+        Self::Cut(status)
     }
 }
 
-/// Rows of the stream, whose entries may come in several chunks.
-#[derive(Default)]
-struct Counts {
-    summary: v1::ScoreSummary,
-    row: Option<OpenRow>,
-}
-
-struct OpenRow {
-    shard: u32,
-    row: u64,
-    scored: bool,
-    status: String,
-}
-
-impl Counts {
-    fn add(&mut self, chunk: &v1::ScoreChunk) {
-        let mut errors = chunk.errors.iter().peekable();
-        for (i, row) in chunk.row.iter().enumerate() {
-            let error = errors.next_if(|error| error.index as usize == i);
-            if self.row.as_ref().is_none_or(|open| (open.shard, open.row) != (chunk.shard_index, *row)) {
-                self.end_row();
-                let status = error.map(|error| error.status.clone()).unwrap_or_default();
-                self.row = Some(OpenRow { shard: chunk.shard_index, row: *row, scored: false, status });
-            }
-            if let Some(open) = self.row.as_mut().filter(|_| error.is_none()) {
-                open.scored = true;
-                self.summary.pairs += 1;
-            }
+/// One call, to its summary.
+async fn once(
+    client: &mut ScoringServiceClient<Channel>,
+    submission: &Submission,
+    request: v1::ScoreBatchRequest,
+    (work, trials): (&mut Work, &mut Trials),
+    on: &mut impl FnMut(&Update<'_>) -> std::io::Result<()>,
+) -> Result<(), End> {
+    let violation = |what| End::Final(SubmitError::Contract { endpoint: submission.endpoint.clone(), what });
+    let mut request = Request::new(request);
+    if let Some(token) = &submission.token {
+        let value = AsciiMetadataValue::try_from(format!("Bearer {token}"));
+        request.metadata_mut().insert("authorization", value.map_err(|_| End::Final(SubmitError::Token))?);
+    }
+    trials.begin();
+    let mut stream = client.score_batch(request).await?.into_inner();
+    trials.accepted();
+    while let Some(message) = stream.message().await? {
+        let Some(event) = message.event else { continue };
+        let step = work.take(&event).map_err(violation)?;
+        if matches!(event, Event::Summary(_)) {
+            return Ok(());
         }
+        let update = Update { shards: work.listed(), event: &event, so_far: work.so_far() };
+        on(&update).map_err(|error| End::Final(SubmitError::Output(error)))?;
+        // Behind `on`: a reader that makes us wait is no silence of the worker's.
+        trials.seen(&event, step);
     }
-
-    fn end_row(&mut self) {
-        let Some(OpenRow { scored, status, .. }) = self.row.take() else { return };
-        self.summary.rows += 1;
-        if scored {
-            self.summary.scored += 1;
-        } else {
-            self.summary.failed += 1;
-            *self.summary.errors.entry(status).or_default() += 1;
-        }
-    }
-}
-
-fn client(submission: &Submission) -> Result<ScoringServiceClient<Channel>, SubmitError> {
-    let bad = |source| SubmitError::Endpoint { endpoint: submission.endpoint.clone(), source };
-    let endpoint = Endpoint::from_shared(submission.endpoint.clone()).map_err(bad)?;
-    let mut endpoint = endpoint
-        .connect_timeout(CONNECT_TIMEOUT)
-        .http2_keep_alive_interval(KEEPALIVE)
-        .keep_alive_timeout(KEEPALIVE)
-        .keep_alive_while_idle(true);
-    if submission.endpoint.starts_with("https://") {
-        let mut tls = ClientTlsConfig::new();
-        tls = match &submission.root {
-            Some(root) => tls.ca_certificate(Certificate::from_pem(root)),
-            None => tls.with_enabled_roots(),
-        };
-        if let Some((certificate, key)) = &submission.identity {
-            tls = tls.identity(Identity::from_pem(certificate, key));
-        }
-        endpoint = endpoint.tls_config(tls).map_err(bad)?;
-    }
-    if submission.token.as_ref().is_some_and(|token| AsciiMetadataValue::try_from(token.as_str()).is_err()) {
-        return Err(SubmitError::Token);
-    }
-    let client = ScoringServiceClient::new(endpoint.connect_lazy())
-        .max_decoding_message_size(MESSAGE_BYTES_MAX)
-        .accept_compressed(CompressionEncoding::Zstd);
-    Ok(client)
-}
-
-/// "UNAVAILABLE", as people search for it.
-fn name(code: Code) -> String {
-    let words = format!("{code:?}");
-    let mut name = String::new();
-    for letter in words.chars() {
-        if letter.is_uppercase() && !name.is_empty() {
-            name.push('_');
-        }
-        name.push(letter.to_ascii_uppercase());
-    }
-    name
+    Err(End::Cut(Status::unavailable("the stream ended without a summary")))
 }

@@ -28,7 +28,7 @@ mod tls;
 mod tokens;
 mod trace;
 
-pub use client::{Submission, SubmitError, submit};
+pub use client::{Submission, SubmitError, Update, submit};
 pub use serve::{Limits, Phase, ServeError, ServeOptions, serve};
 pub use tls::TlsFiles;
 pub use tokens::{Tokens, token_lines};

@@ -77,6 +77,8 @@ pub struct Limits {
     pub keepalive: Duration,
     /// A connection is closed when its calls are over and it is this old; none: never.
     pub connection_age: Option<Duration>,
+    /// A call whose client takes nothing for so long is ended; none: never.
+    pub stall_timeout: Option<Duration>,
     /// Between two messages about a call's progress.
     pub progress_interval: Duration,
     /// Calls that run when the worker is told to end may go on for so long.

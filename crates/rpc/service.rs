@@ -65,6 +65,7 @@ impl Scoring {
             format,
             deadline,
             interval: self.limits.progress_interval,
+            stall_timeout: self.limits.stall_timeout,
             phase: self.phase.clone(),
             request_id,
             admitted,

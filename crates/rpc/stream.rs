@@ -36,6 +36,7 @@ pub(crate) struct Driver {
     pub(crate) format: Format,
     pub(crate) deadline: Option<Instant>,
     pub(crate) interval: Duration,
+    pub(crate) stall_timeout: Option<Duration>,
     pub(crate) phase: watch::Receiver<Phase>,
     pub(crate) request_id: String,
     pub(crate) admitted: Option<Admitted>,
@@ -101,7 +102,7 @@ impl Driver {
     }
 
     async fn send_all(&mut self, messages: &Sender<v1::ScoreBatchResponse>) -> Result<(), Status> {
-        let begun = Instant::now();
+        let (begun, messages) = (Instant::now(), &Sending { messages, patience: self.stall_timeout });
         for started in started(std::mem::take(&mut self.started)) {
             send(messages, Message::Started(started)).await?;
         }
@@ -170,9 +171,22 @@ async fn expired(deadline: Option<Instant>) {
     }
 }
 
-async fn send(messages: &Sender<v1::ScoreBatchResponse>, event: Message) -> Result<(), Status> {
-    let message = v1::ScoreBatchResponse { event: Some(event) };
-    messages.send(message).await.map_err(|_| Status::cancelled("the client is gone"))
+/// Messages to a client that takes them in time.
+struct Sending<'a> {
+    messages: &'a Sender<v1::ScoreBatchResponse>,
+    patience: Option<Duration>,
+}
+
+async fn send(to: &Sending<'_>, event: Message) -> Result<(), Status> {
+    let sending = to.messages.send(v1::ScoreBatchResponse { event: Some(event) });
+    let sent = match to.patience {
+        Some(patience) => tokio::time::timeout(patience, sending).await.map_err(|_| {
+            let why = "the client takes no messages: go on by the resume tokens when it does";
+            status::with_reason(Code::Unavailable, "CLIENT_STALLED", why)
+        })?,
+        None => sending.await,
+    };
+    sent.map_err(|_| Status::cancelled("the client is gone"))
 }
 
 /// The message that a call was accepted, or several where the list of shards is long.

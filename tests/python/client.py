@@ -72,13 +72,26 @@ def refused(call, code):
     raise AssertionError(f"expected {code}")
 
 
+def listed(messages):
+    """The shards of a call: a long list goes on in further `started` messages, all at the head of the stream."""
+    kinds = [message.WhichOneof("event") for message in messages]
+    head = next(i for i, kind in enumerate(kinds) if kind != "started")
+    assert head >= 1 and "started" not in kinds[head:], kinds
+    starts = [message.started for message in messages[:head]]
+    alike = [(s.model_hash, s.device, s.precision, s.request_id, s.version) for s in starts]
+    assert len(set(alike)) == 1, "but for the shards they say the same"
+    return [shard for start in starts for shard in start.shards]
+
+
 def scores(messages):
     """(shard, row, caption) -> (itm, cosine) of a call that succeeded."""
     messages = list(messages)
-    assert messages[0].WhichOneof("event") == "started" and messages[-1].WhichOneof("event") == "summary"
+    shards = listed(messages)
+    assert messages[-1].WhichOneof("event") == "summary"
     found = {}
     for chunk in (m.chunk for m in messages if m.WhichOneof("event") == "chunk"):
         assert chunk.ByteSize() <= 2 << 20
+        assert chunk.shard_index < max(1, len(shards))
         for i, row in enumerate(chunk.row):
             key = (chunk.shard_index, row, chunk.caption[i])
             assert key not in found, "an entry comes once"
@@ -107,6 +120,23 @@ def check_scores(pb, stub, program, folder):
     bad = pb.InlinePairs(items=[items[0], pb.ImageCaptions(image_bytes=b"no image", captions=["a"])])
     got, summary = scores(stub.ScoreBatch(pb.ScoreBatchRequest(pairs=bad)))
     assert got[0, 0, 0] == want[0] and math.isnan(got[0, 1, 0][0]) and summary.errors["decode_failed"] == 1
+
+
+def check_prefix(pb, stub, folder):
+    """Every shard below a prefix, in the order of their names, each with its own rows."""
+    below = Path(folder) / "many"
+    below.mkdir()
+    table = pq.read_table(SHARD)
+    names = [str(below / f"{number:03}.parquet") for number in range(40)]
+    for number, name in enumerate(names):
+        pq.write_table(table.slice(number, 1 + number % 3), name)
+    messages = list(stub.ScoreBatch(pb.ScoreBatchRequest(shards=pb.ParquetShards(uris=[f"{below}/"]))))
+    assert listed(messages) == names
+    got, summary = scores(messages)
+    want, _ = scores(stub.ScoreBatch(pb.ScoreBatchRequest(shards=pb.ParquetShards(uris=[str(SHARD)]))))
+    rows = [(number, row) for number in range(40) for row in range(1 + number % 3)]
+    assert sorted(got) == [(number, row, 0) for number, row in rows] and summary.shards == 40
+    assert all(got[number, row, 0] == want[0, number + row, 0] for number, row in rows)
 
 
 def check_resume(pb, stub):
@@ -171,18 +201,46 @@ def check_refusals(pb, stub, folder):
         assert error.code() == unknown, error
 
 
+def check_bad_fields(pb, stub):
+    """The field that cannot be is named, by its path in the request."""
+    item = lambda **more: pb.InlinePairs(items=[pb.ImageCaptions(captions=["a"], **more)])
+    shards = lambda *uris, **more: pb.ParquetShards(uris=uris, **more)
+    request = pb.ScoreBatchRequest
+    for bad, field in [
+        (request(pairs=item(), heads=[pb.HEAD_ITM, 77]), "heads[1]"),
+        (request(pairs=item(), heads=[pb.HEAD_UNSPECIFIED]), "heads[0]"),
+        (request(pairs=item(), on_error=9), "on_error"),
+        (request(pairs=item(), thresholds=pb.Thresholds(min_itm=1.5)), "thresholds.min_itm"),
+        (request(pairs=item(), thresholds=pb.Thresholds(min_cosine=math.nan)), "thresholds.min_cosine"),
+        (request(pairs=item(), heads=[pb.HEAD_ITM], thresholds=pb.Thresholds(min_cosine=0)), "thresholds.min_cosine"),
+        (request(pairs=pb.InlinePairs()), "pairs.items"),
+        (request(pairs=item(key="k" * 5000)), "pairs.items[0].key"),
+        (request(pairs=item(image_uri="")), "pairs.items[0].image_uri"),
+        (request(shards=shards()), "shards.uris"),
+        (request(shards=shards(str(SHARD), "")), "shards.uris[1]"),
+        (request(shards=shards(str(SHARD), resume_tokens=[b"rubbish"])), "shards.resume_tokens"),
+        (request(shards=shards(str(SHARD)), sink=pb.ParquetSink()), "sink.uri"),
+        (request(pairs=item(), sink=pb.ParquetSink(uri="/x/y.parquet")), "sink"),
+        (request(pairs=item(), request_id="x" * 300), "request_id"),
+    ]:
+        error = refused(stub.ScoreBatch(bad), grpc.StatusCode.INVALID_ARGUMENT)
+        found = [violation.field for violation in details(error, error_details_pb2.BadRequest).field_violations]
+        # A later worker may name the element of a list too.
+        assert len(found) == 1 and found[0].startswith(field), (found, field)
+
+
 def stub_of(stub, method):
     """A method without a stub."""
     return stub.channel.unary_unary(method)
 
 
 def check_token_and_drain(pb, pb_grpc, program, folder):
-    """UNAUTHENTICATED without the token; RESOURCE_EXHAUSTED beyond --max-calls; UNAVAILABLE when the worker ends."""
+    """No token, a head that is not there, one call more than --max-calls, a worker that ends: each has its code."""
     tokens = Path(folder) / "tokens"
     tokens.write_text("secret\n")
     worker, address = start(
         program, "--model", "synthetic:tiny", "--allow-uri", str(SHARD.parent), "--token-file", str(tokens),
-        "--max-calls", "1", "--drain-timeout", "0",
+        "--max-calls", "1", "--drain-timeout", "0", "--heads", "itm",
     )
     try:
         with grpc.insecure_channel(address) as channel:
@@ -190,6 +248,9 @@ def check_token_and_drain(pb, pb_grpc, program, folder):
             request = pb.ScoreBatchRequest(shards=pb.ParquetShards(uris=[str(SHARD)]))
             refused(stub.ScoreBatch(request), grpc.StatusCode.UNAUTHENTICATED)
             token = [("authorization", "Bearer secret")]
+            other = pb.ScoreBatchRequest(shards=pb.ParquetShards(uris=[str(SHARD)]), heads=[pb.HEAD_COSINE])
+            error = refused(stub.ScoreBatch(other, metadata=token), grpc.StatusCode.FAILED_PRECONDITION)
+            assert details(error, error_details_pb2.ErrorInfo).reason == "HEAD_NOT_LOADED"
             # A call that is not read on stands still.
             many = pb.InlinePairs(items=[pb.ImageCaptions(captions=["x" * 1000]) for _ in range(10000)])
             running = stub.ScoreBatch(pb.ScoreBatchRequest(pairs=many), metadata=token)
@@ -219,9 +280,11 @@ def main():
                 stub.channel = channel
                 assert stub.GetModelInfo(pb.GetModelInfoRequest()).image_size == 64
                 check_scores(pb, stub, program, folder)
+                check_prefix(pb, stub, folder)
                 check_resume(pb, stub)
                 check_sink(pb, stub, folder)
                 check_refusals(pb, stub, folder)
+                check_bad_fields(pb, stub)
         finally:
             worker.terminate()
         assert worker.wait(30) == 0, "the worker drains and ends"

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use arrow::array::{ArrayRef, RecordBatch, StringArray};
 use capsieve_rpc::v1::score_batch_response::Event;
 use capsieve_rpc::v1::scoring_service_client::ScoringServiceClient;
-use tonic::Request;
 use tonic::transport::Channel;
+use tonic::{Code, Request};
+use tonic_types::StatusExt;
 
-use super::server::{Server, Shards, call, of_pairs, of_shards, pairs, wait};
+use super::server::{Server, Shards, call, of_pairs, of_shards, pairs, wait, with_tokens};
 use crate::support::{shard, write_parquet};
 
 /// A gauge of the metrics.
@@ -125,6 +126,38 @@ fn stalled_readers_stall_nobody_else() {
         assert_eq!(got, rows);
     });
     comes_to_rest(&server);
+}
+
+#[test]
+fn who_stalls_for_long_is_ended() {
+    let shards = Shards::new(&[]);
+    wide_shard(&shards.path("in/wide.parquet"));
+    let arguments = ["--allow-uri", &shards.root(), "--stall-timeout", "0.3", "--metrics-listen", "127.0.0.1:0"];
+    let server = Server::start(&arguments);
+    wait(async {
+        let mut client = narrow(&server).await;
+        let request = of_shards(&[shards.text("in/wide.parquet")]);
+        let mut stream = client.score_batch(request.clone()).await.unwrap().into_inner();
+        stream.message().await.unwrap();
+        comes_to_rest(&server);
+        // What was on its way still comes, then the reason; from there the call goes on.
+        let (mut rows, mut token) = (0, Vec::new());
+        let status = loop {
+            match stream.message().await {
+                Ok(message) => {
+                    if let Some(Event::Chunk(chunk)) = message.unwrap().event {
+                        (rows, token) = (rows + chunk.row.len(), chunk.resume_token.to_vec());
+                    }
+                }
+                Err(status) => break status,
+            }
+        };
+        assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+        assert_eq!(status.get_details_error_info().unwrap().reason, "CLIENT_STALLED");
+        let request = if token.is_empty() { request } else { with_tokens(request, vec![token]) };
+        let rest = call(&mut server.client().await, request).await.entries().len();
+        assert_eq!(rows + rest, 3000);
+    });
 }
 
 #[test]

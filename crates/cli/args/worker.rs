@@ -65,8 +65,12 @@ pub(crate) struct ServeArgs {
     /// Connections are closed when their calls are over and they are this old; 0: never
     #[arg(long, env = "CAPSIEVE_MAX_CONNECTION_AGE", value_name = "SECONDS", default_value_t = 0.0, value_parser = any_seconds)]
     pub(crate) max_connection_age: f64,
-    /// Bytes that the rows of all calls hold together, beside the model and the requests
-    #[arg(long, env = "CAPSIEVE_MEMORY_LIMIT", value_name = "BYTES", default_value_t = 2 << 30, value_parser = memory)]
+    /// Seconds after which a call is ended whose client takes nothing; 0: never
+    #[arg(long, env = "CAPSIEVE_STALL_TIMEOUT", value_name = "SECONDS", default_value_t = 900.0, value_parser = any_seconds)]
+    pub(crate) stall_timeout: f64,
+    /// Bytes that all calls hold together beside the model and the requests: half for rows, a quarter for row groups that are
+    /// read, a quarter for outputs
+    #[arg(long, env = "CAPSIEVE_MEMORY_LIMIT", value_name = "BYTES", default_value_t = 4 << 30, value_parser = memory)]
     pub(crate) memory_limit: u64,
     /// How long a pair waits for others to share its batch with, in milliseconds
     #[arg(long, env = "CAPSIEVE_BATCH_LATENCY_MS", value_name = "MS", default_value_t = 20, value_parser = milliseconds)]
@@ -128,7 +132,7 @@ pub(crate) struct SubmitArgs {
     /// Name of the job in the worker's logs
     #[arg(long, env = "CAPSIEVE_REQUEST_ID", value_name = "NAME", default_value = "")]
     pub(crate) request_id: String,
-    /// File with the bearer token in its first line
+    /// File with the bearer token: its first line that is not blank or a comment
     #[arg(long, env = "CAPSIEVE_TOKEN_FILE", value_name = "FILE")]
     pub(crate) token_file: Option<PathBuf>,
     /// PEM of the root that the worker's certificate leads to, if it is none of the system's
@@ -140,7 +144,7 @@ pub(crate) struct SubmitArgs {
     /// PEM of its key
     #[arg(long, env = "CAPSIEVE_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
     pub(crate) tls_key: Option<PathBuf>,
-    /// Seconds without any answer after which the job is given up
+    /// Seconds without a sign of life (progress, scores, a shard that is done) after which the job is given up
     #[arg(long, env = "CAPSIEVE_PATIENCE", value_name = "SECONDS", default_value_t = 300.0, value_parser = any_seconds)]
     pub(crate) patience: f64,
 }

@@ -27,6 +27,7 @@ pub(crate) fn run(command: Command, log: &LogArgs) -> anyhow::Result<ExitCode> {
     let traces = runtime.block_on(async { traces(&command) });
     log::init(log, traces.as_ref().ok().and_then(Option::as_ref));
     let traces = traces?;
+    let interruption = interruption(&command);
     let ended = runtime.block_on(async {
         // A worker that is told to end finishes its calls first.
         if let Command::Serve(args) = command {
@@ -34,7 +35,7 @@ pub(crate) fn run(command: Command, log: &LogArgs) -> anyhow::Result<ExitCode> {
         }
         tokio::select! {
             ended = one(command) => ended,
-            signal = interrupted() => signal.and_then(|()| bail!("interrupted, no output was written")),
+            signal = interrupted() => signal.and_then(|()| bail!(interruption)),
         }
     });
     if let Some(traces) = traces {
@@ -43,6 +44,23 @@ pub(crate) fn run(command: Command, log: &LogArgs) -> anyhow::Result<ExitCode> {
     // The engine may still be in a batch that nobody waits for.
     runtime.shutdown_background();
     ended
+}
+
+/// What an interruption leaves behind.
+fn interruption(command: &Command) -> &'static str {
+    match command {
+        Command::Submit(args) if args.output.is_none() => {
+            "interrupted: the lines that were printed stay, the same command scores and prints everything anew"
+        }
+        Command::Submit(args) if args.overwrite => {
+            "interrupted: the shards that the worker has finished stay, the same command without --overwrite goes on \
+             with the others"
+        }
+        Command::Submit(_) => {
+            "interrupted: the shards that the worker has finished stay, the same command goes on with the others"
+        }
+        _ => "interrupted, no output was written",
+    }
 }
 
 /// Where the command's spans go, if anywhere.

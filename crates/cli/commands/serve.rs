@@ -61,6 +61,7 @@ fn limits(args: &ServeArgs) -> Limits {
         idle_timeout: Duration::from_secs_f64(args.idle_timeout),
         keepalive: Duration::from_secs_f64(args.keepalive),
         connection_age: (args.max_connection_age > 0.0).then(|| Duration::from_secs_f64(args.max_connection_age)),
+        stall_timeout: (args.stall_timeout > 0.0).then(|| Duration::from_secs_f64(args.stall_timeout)),
         progress_interval: Duration::from_secs_f64(args.progress_interval.max(0.01)),
         drain_timeout: Duration::from_secs_f64(args.drain_timeout),
     }

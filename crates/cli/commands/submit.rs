@@ -1,32 +1,41 @@
 //! `capsieve submit`.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use capsieve_rpc::v1::score_batch_response::Event;
-use capsieve_rpc::{Submission, v1};
+use capsieve_rpc::{Submission, SubmitError, Update, v1};
 use capsieve_worker::Progress;
+use tokio::task::{JoinSet, block_in_place};
 
 use super::ROWS_WITHOUT_SCORE;
 use crate::args::{Head, OnError, SubmitArgs};
-use crate::progress::shown;
+use crate::progress::{Shards, shown_with};
 use crate::text;
 
 pub(super) async fn run(args: SubmitArgs) -> anyhow::Result<ExitCode> {
     let submission = submission(&args)?;
-    let (progress, mut broken) = (Progress::default(), None);
-    let job = capsieve_rpc::submit(&submission, |shards, event| match event {
-        Event::Chunk(chunk) if broken.is_none() => broken = print(shards, chunk).err(),
-        Event::Progress(now) => progress.show(now.rows, now.rows_failed, now.rows_total, now.pairs),
-        _ => {}
+    let (progress, shards) = (Progress::default(), Shards::default());
+    let (shown_progress, shown_shards) = (progress.clone(), shards.clone());
+    // A task of its own, which ends with us: a reader that stalls our output must not make Ctrl-C wait.
+    let mut job = JoinSet::new();
+    job.spawn(async move {
+        let on = |update: &Update<'_>| {
+            let now = update.so_far;
+            progress.show(now.rows, now.rows_failed, now.rows_total, now.pairs);
+            shards.show(now.shards_done, now.shards_total);
+            match update.event {
+                Event::Chunk(chunk) => block_in_place(|| print(update.shards, chunk)),
+                _ => Ok(()),
+            }
+        };
+        capsieve_rpc::submit(&submission, on).await
     });
-    let summary = shown(&progress, job).await?;
-    if let Some(error) = broken {
-        return Err(error).context("the scores cannot be printed");
-    }
+    let ended = shown_with(&shown_progress, &shown_shards, job.join_next()).await;
+    let summary = ended.context("the job is gone")?.context("the job broke down")?.map_err(failed)?;
     let line = self::summary(&summary, args.output.as_deref());
     // Standard output holds the scores where they are streamed.
     match args.output {
@@ -36,15 +45,25 @@ pub(super) async fn run(args: SubmitArgs) -> anyhow::Result<ExitCode> {
     Ok(if summary.failed == 0 { ExitCode::SUCCESS } else { ROWS_WITHOUT_SCORE.into() })
 }
 
+/// What a person reads of a job that failed.
+fn failed(error: SubmitError) -> anyhow::Error {
+    match error {
+        SubmitError::Output(error) if error.kind() == ErrorKind::BrokenPipe => {
+            anyhow!("standard output was closed before all scores were printed: the job was stopped")
+        }
+        SubmitError::Output(error) => anyhow!(error).context("the scores cannot be printed: the job was stopped"),
+        error => error.into(),
+    }
+}
+
 fn submission(args: &SubmitArgs) -> anyhow::Result<Submission> {
     let read = |path: &Path| std::fs::read(path).with_context(|| path.display().to_string());
     let token = match &args.token_file {
         None => None,
         Some(path) => {
             let text = String::from_utf8(read(path)?).with_context(|| path.display().to_string())?;
-            let token = text.lines().next().unwrap_or_default().trim().to_owned();
-            anyhow::ensure!(!token.is_empty(), "{}: its first line holds no token", path.display());
-            Some(token)
+            let token = capsieve_rpc::token_lines(&text).next().map(str::to_owned);
+            Some(token.with_context(|| format!("{}: it holds no token: one in a line is expected", path.display()))?)
         }
     };
     let identity = match (&args.tls_cert, &args.tls_key) {
@@ -58,6 +77,7 @@ fn submission(args: &SubmitArgs) -> anyhow::Result<Submission> {
         token,
         request: request(args),
         patience: Duration::from_secs_f64(args.patience),
+        delay_max: Submission::DELAY_MAX,
     })
 }
 
