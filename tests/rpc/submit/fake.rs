@@ -66,7 +66,8 @@ impl ScoringService for Fake {
         &self,
         request: Request<v1::ScoreBatchRequest>,
     ) -> Result<Response<Self::ScoreBatchStream>, Status> {
-        let token = request.metadata().get("authorization").map(|value| value.to_str().unwrap().to_owned());
+        let token =
+            request.metadata().get("authorization").map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
         self.tokens.lock().unwrap().push(token);
         let request = request.into_inner();
         if uris(&request).iter().map(String::len).sum::<usize>() > self.shard_bytes {
