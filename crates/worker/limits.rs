@@ -48,9 +48,10 @@ pub const FETCHES: usize = 16;
 pub const IMAGE_PIXELS_MAX: u64 = 64 << 20;
 /// Bytes of a caption: the tokenizer is linear, but a caption of megabytes is a mistake and never fits the model.
 pub const CAPTION_BYTES_MAX: usize = 1 << 20;
-/// Bytes of a row group and of what is read with it are given up, and read again later, when nobody takes scores for so long ...
+/// The memory of a row group that others wait for is given up, and the rest of it read again later, when nobody has taken scores
+/// for so long ...
 pub const READER_STALLS: Duration = Duration::from_millis(500);
-/// ... or when a call has had them for so long and another one waits for memory.
+/// ... or when a call has had it for so long.
 pub const ROW_GROUP_TURN: Duration = Duration::from_secs(5);
 /// Memory of an output while it is written: a row group, and the parts on their way.
 pub const OUTPUT_BYTES: usize = 96 << 20;

@@ -9,6 +9,7 @@
 //! Jobs share engines through the [`crate::queue`]; everything else a job has to itself.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -202,15 +203,13 @@ async fn read(
 
 /// Waits for a chunk's ticket; for long only where nobody takes the scores.
 async fn ticket(tickets: &Arc<Semaphore>, input: &mut impl Rows) -> Ticket {
-    let waiting = || Arc::clone(tickets).acquire_owned();
-    let ticket = match tokio::time::timeout(READER_STALLS, waiting()).await {
-        Ok(ticket) => ticket,
-        Err(_) => {
-            input.pause();
-            waiting().await
+    let mut waiting = pin!(Arc::clone(tickets).acquire_owned());
+    loop {
+        match tokio::time::timeout(READER_STALLS, waiting.as_mut()).await {
+            Ok(ticket) => return Ticket(Some(ticket.expect("the semaphore is never closed"))),
+            Err(_) => input.pause(),
         }
-    };
-    Ticket(Some(ticket.expect("the semaphore is never closed")))
+    }
 }
 
 /// Where the images are that are not in the shard.

@@ -18,7 +18,7 @@ pub(crate) trait Rows: Send {
     /// The next rows; none at the end.
     fn next(&mut self) -> impl Future<Output = Result<Option<RecordBatch>>> + Send;
 
-    /// Nothing is asked for in a while: gives memory back.
+    /// Nothing was asked for in a while: gives back memory that others wait for.
     fn pause(&mut self) {}
 }
 
@@ -57,8 +57,7 @@ impl ShardRows {
 
 impl Rows for ShardRows {
     async fn next(&mut self) -> Result<Option<RecordBatch>> {
-        let long = self.held.as_ref().is_some_and(|(_, since)| since.elapsed() >= ROW_GROUP_TURN);
-        if long && self.budget.is_wanted() {
+        if self.held.as_ref().is_some_and(|(_, since)| since.elapsed() >= ROW_GROUP_TURN) {
             self.pause();
         }
         if self.held.is_none() {
@@ -68,6 +67,15 @@ impl Rows for ShardRows {
     }
 
     fn pause(&mut self) {
+        // What nobody waits for may as well stay: reading it again is not free.
+        if self.budget.is_wanted() {
+            self.release();
+        }
+    }
+}
+
+impl ShardRows {
+    fn release(&mut self) {
         self.batches.pause();
         self.held = None;
     }
@@ -95,7 +103,7 @@ mod tests {
         while let Some(batch) = rows.next().await.unwrap() {
             batches.push(batch);
             if pauses {
-                rows.pause();
+                rows.release();
             }
         }
         batches
