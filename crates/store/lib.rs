@@ -36,6 +36,6 @@ pub use hub::{FileProgress, HubConfig, fetch_model, fetch_model_with};
 pub use location::{Location, ObjectInfo};
 pub use output::{CaptionScore, OutputHeads, OutputOptions, RowScore};
 pub use reader::{Batches, ShardReader};
-pub use rows::{CaptionCell, ImageCell, InputRow, key_texts, rows};
+pub use rows::{CaptionCell, ImageCell, InputRow, key_texts, row, rows};
 pub use stats::{stats_location, write_stats};
 pub use writer::{ShardWriter, Written};

@@ -56,6 +56,21 @@ pub fn rows<'a>(batch: &'a RecordBatch, columns: &Columns) -> Result<Vec<InputRo
     Ok((0..batch.num_rows()).map(row).collect())
 }
 
+/// One row of a batch.
+///
+/// # Errors
+/// When `columns` were detected in a shard of another schema.
+///
+/// # Panics
+/// When the batch has no such row.
+pub fn row<'a>(batch: &'a RecordBatch, columns: &Columns, index: usize) -> Result<InputRow<'a>> {
+    columns.check(batch.schema_ref())?;
+    Ok(InputRow {
+        image: Images::new(batch.column(columns.image), columns.image_kind).get(index),
+        captions: Captions::new(batch.column(columns.caption), columns.caption_kind).get(index),
+    })
+}
+
 /// Bytes of a key at most; what is longer is cut.
 const KEY_BYTES_MAX: usize = 4096;
 

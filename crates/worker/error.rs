@@ -164,6 +164,6 @@ pub enum Error {
     #[error("cannot start the threads that prepare images")]
     Threads {
         /// Why.
-        source: rayon::ThreadPoolBuildError,
+        source: std::io::Error,
     },
 }

@@ -1,7 +1,7 @@
 //! The pipeline between store, prep and engine, and the jobs built on it: score, demo, inspect, synth, bench.
 //!
 //! ```text
-//! shard -> read (async) -> prepare (own thread, rayon) -> engine (own thread) -> write (async) -> scored shard
+//! shard -> read (async) -> prepare (own threads) -> engine (own thread) -> write (async) -> scored shard
 //! ```
 //!
 //! Every arrow is a bounded channel in `pipeline.rs`; every bound stands in [`limits`]. Knows no gRPC and prints nothing:
@@ -31,6 +31,7 @@ mod score;
 mod scores;
 mod service;
 mod synth;
+mod threads;
 
 pub use bench::{BenchOptions, BenchReport, StageReport, bench};
 pub use call::{Call, CallRequest, Event, Events, ScoredRows, ShardDone, Sink, Source};

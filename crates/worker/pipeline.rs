@@ -49,7 +49,7 @@ pub(crate) struct Chunk {
     pub(crate) held: Held,
     pub(crate) ticket: Ticket,
     /// Memory of what was fetched, until it is decoded.
-    _fetching: Held,
+    pub(crate) _fetching: Held,
 }
 
 /// Rows ready for the engine, or why not.
@@ -267,29 +267,20 @@ fn fetch_failed(error: &capsieve_store::Error) -> Fault {
     Fault::new("fetch_failed", chain(error))
 }
 
-/// Stage 2: model input for every row, a chunk at a time on a thread for such work. `kept` are the columns that go on, if not
-/// all do.
+/// Stage 2: model input for every row, a chunk at a time. `kept` are the columns that go on, if not all do.
 async fn prepare(
-    preparer: &Arc<Preparer>,
+    preparer: &Preparer,
     columns: &Columns,
     kept: Option<Vec<usize>>,
     mut chunks: Receiver<Chunk>,
     out: Sender<Prepared>,
 ) -> Result<f64> {
-    let mut seconds = 0.0;
+    let (mut seconds, turn) = (0.0, preparer.join());
     while let Some(chunk) = chunks.recv().await {
-        let (preparer, columns, kept) = (Arc::clone(preparer), columns.clone(), kept.clone());
-        let preparing = spawn_blocking(move || {
-            let start = Instant::now();
-            let mut prepared = preparer.chunk(chunk, &columns)?;
-            if let Some(kept) = kept {
-                prepared.batch = prepared.batch.project(&kept).expect("the key is a column of the shard");
-            }
-            Ok::<_, Error>((prepared, start.elapsed().as_secs_f64()))
-        });
-        // A panic of a stage is a bug and goes on as one.
-        let prepared = preparing.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
-        let (prepared, taken) = prepared?;
+        let (mut prepared, taken) = preparer.chunk(&turn, chunk, columns).await?;
+        if let Some(kept) = &kept {
+            prepared.batch = prepared.batch.project(kept).expect("the key is a column of the shard");
+        }
         stage("decode", taken);
         seconds += taken;
         if out.send(prepared).await.is_err() {

@@ -2,15 +2,16 @@
 //! and a reason instead; nothing here ends a job.
 
 use std::panic::catch_unwind;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use capsieve_engine::{Heads, PairScore};
 use capsieve_prep::{DecodeLimits, ImageSpec, Tokenizer};
 use capsieve_store::{CaptionCell, CaptionScore, Columns, ImageCell, InputRow, RowScore};
-use rayon::prelude::*;
 
 use crate::limits::{BATCH_TOKENS, CAPTION_BYTES_MAX, CAPTIONS_MAX, IMAGE_PIXELS_MAX, PART_PAIRS};
 use crate::pipeline::{Chunk, Prepared};
+use crate::threads::{Threads, Turn};
 use crate::{Error, Result};
 
 /// What to do with captions and images the model or the user's limits do not take.
@@ -86,9 +87,14 @@ impl ReadyRow {
     }
 }
 
-/// Prepares rows on a pool of its own threads.
+/// Prepares rows on threads of its own, which all jobs share.
 pub(crate) struct Preparer {
-    pool: rayon::ThreadPool,
+    threads: Threads,
+    recipe: Arc<Recipe>,
+}
+
+/// What is done to each row.
+struct Recipe {
     image: ImageSpec,
     tokenizer: Tokenizer,
     /// Longest caption of the model, in tokens.
@@ -103,25 +109,45 @@ impl Preparer {
         positions: usize,
         policy: CaptionPolicy,
     ) -> Result<Self> {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("prepare-{i}"));
-        let pool = pool.build().map_err(|source| Error::Threads { source })?;
-        Ok(Self { pool, image, tokenizer, positions, policy })
+        let threads = Threads::start(threads).map_err(|source| Error::Threads { source })?;
+        Ok(Self { threads, recipe: Arc::new(Recipe { image, tokenizer, positions, policy }) })
     }
 
     /// Bytes of an image as the model takes it.
     pub(crate) fn pixel_bytes(&self) -> usize {
-        self.image.size * self.image.size * 3
+        self.recipe.image.size * self.recipe.image.size * 3
     }
 
-    /// Prepares every row of a chunk, all cores at once.
-    pub(crate) fn chunk(&self, chunk: Chunk, columns: &Columns) -> Result<Prepared> {
-        let rows = capsieve_store::rows(&chunk.batch, columns)?;
-        let prepared = self.pool.install(|| {
-            rows.par_iter().zip(&chunk.fetched).map(|(row, fetched)| self.row(row, fetched.as_ref())).collect()
-        });
-        Ok(Prepared { batch: chunk.batch, rows: prepared, held: chunk.held, ticket: chunk.ticket })
+    /// A job's place among those that share the threads.
+    pub(crate) fn join(&self) -> Turn {
+        self.threads.join()
     }
 
+    /// Prepares every row of a chunk, on all threads at once where no other job wants them. Gives the seconds it would have
+    /// taken alone.
+    pub(crate) async fn chunk(&self, turn: &Turn, chunk: Chunk, columns: &Columns) -> Result<(Prepared, f64)> {
+        let Chunk { batch, fetched, held, ticket, _fetching } = chunk;
+        let input = Arc::new((batch, fetched, columns.clone()));
+        let task = |index: usize| {
+            let (recipe, input) = (Arc::clone(&self.recipe), Arc::clone(&input));
+            move || {
+                let (batch, fetched, columns) = &*input;
+                let row = capsieve_store::row(batch, columns, index)?;
+                Ok::<_, Error>(recipe.row(&row, fetched[index].as_ref()))
+            }
+        };
+        let (mut rows, mut seconds) = (Vec::with_capacity(input.0.num_rows()), 0.0);
+        for done in self.threads.run(turn, (0..input.0.num_rows()).map(task)) {
+            let (row, taken) = done.await.expect("a row's preparation does not break down");
+            rows.push(row?);
+            seconds += taken.as_secs_f64();
+        }
+        let prepared = Prepared { batch: input.0.clone(), rows, held, ticket };
+        Ok((prepared, seconds / self.threads.count() as f64))
+    }
+}
+
+impl Recipe {
     fn row(&self, row: &InputRow<'_>, fetched: Option<&Result<Bytes, Fault>>) -> Result<ReadyRow, Fault> {
         let bytes = match (&row.image, fetched) {
             (_, Some(fetched)) => fetched.as_ref().map_err(Fault::clone)?,
