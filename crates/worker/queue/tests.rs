@@ -166,6 +166,24 @@ fn a_small_call_does_not_wait_for_a_row_of_many_captions() {
 }
 
 #[test]
+fn what_does_not_fit_behind_others_comes_before_them() {
+    let bench = bench(100, Some(Duration::ZERO));
+    let shares: Vec<Share> = (0..4).map(|_| bench.join()).collect();
+    let _busy = submit(&shares[0], 1);
+    bench.batch();
+    let _others = [submit(&shares[1], 1000), submit(&shares[2], 1000)];
+    // As many tokens as a batch takes: beside any other row it does not fit.
+    let mut scores = shares[3].submit(long_row(12, BATCH_TOKENS / 8), Held::default());
+    for _ in 0..5 {
+        bench.go.send(()).unwrap();
+        bench.batch();
+    }
+    assert!(is_done(&mut scores), "within five batches");
+    drop(shares);
+    bench.go.send(()).unwrap();
+}
+
+#[test]
 fn many_calls_share_alike_whatever_their_rows_cost() {
     let bench = bench(12, Some(Duration::from_secs(60)));
     // The engine is busy while they come.
@@ -216,10 +234,10 @@ fn a_dropped_call_costs_at_most_the_batch_that_was_begun() {
     let scores = submit(&share, 1000);
     assert_eq!(bench.batch(), 8);
     drop((share, scores));
+    let queue = bench.pool.queue();
+    assert_eq!(queue.depth(), 0, "its rows do not even wait for the engine");
     bench.go.send(()).unwrap();
     assert!(bench.is_idle(), "what nobody waits for is not scored");
-    let queue = bench.pool.queue();
-    assert_eq!(queue.depth(), 0);
     let (tokens, calls) = {
         let state = queue.lock();
         (state.tokens, state.calls.len())
