@@ -128,7 +128,8 @@ fn a_row_of_many_captions_goes_in_parts_and_comes_back_whole() {
         let mut rows = loop {
             match scores.0.try_recv() {
                 Ok(rows) => break rows.unwrap(),
-                Err(_) => {
+                Err(oneshot::error::TryRecvError::Closed) => panic!("the scores are lost"),
+                Err(oneshot::error::TryRecvError::Empty) => {
                     if bench.begun.recv_timeout(Duration::from_millis(5)).is_ok() {
                         bench.go.send(()).unwrap();
                     }
