@@ -91,6 +91,8 @@ mod tests {
 
     use super::*;
 
+    const TIMEOUT: Duration = Duration::from_secs(20);
+
     async fn reader(folder: &TempDir) -> ShardReader {
         let path = folder.path().join("demo.parquet");
         std::fs::write(&path, crate::demo::SHARD).unwrap();
@@ -148,10 +150,11 @@ mod tests {
         let mut again = Box::pin(first.next());
         // The first gives its memory up and stands behind the second.
         assert!(futures::poll!(&mut again).is_pending());
-        waiting.await.unwrap().unwrap();
+        tokio::time::timeout(TIMEOUT, waiting).await.expect("it is the second one's turn").unwrap().unwrap();
         assert!(futures::poll!(&mut again).is_pending());
         second.pause();
-        assert!(again.await.unwrap().is_some());
+        let again = tokio::time::timeout(TIMEOUT, again).await.expect("it is the first one's turn");
+        assert!(again.unwrap().is_some());
     }
 
     #[tokio::test]
