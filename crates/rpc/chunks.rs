@@ -4,8 +4,9 @@ use capsieve_worker::{Heads, RowScore, ScoredRows, Thresholds};
 
 use crate::v1;
 
-/// Encoded bytes of a chunk at most, some below the 2 MiB that the contract names.
-const CHUNK_BYTES_MAX: usize = (2 << 20) - (64 << 10);
+/// Bytes of a chunk's entries at most. Far below the 2 MiB that the contract names: a few of them wait for a client that does
+/// not read, here and in the connection's buffers.
+pub(crate) const CHUNK_BYTES_MAX: usize = 48 << 10;
 /// Bytes of an entry without its key and error: two numbers, two scores, a bool, and the fields around them.
 const ENTRY_BYTES: usize = 10 + 5 + 4 + 4 + 1 + 8;
 /// Bytes of an error's words at most.
@@ -165,7 +166,7 @@ mod tests {
             let rows = vec![failed(&"é".repeat(message / 2)); 2000];
             let keys = Some(vec!["k".repeat(key); 2000]);
             let chunks: Vec<_> = chunks(&scored(rows, keys, 0), FORMAT).collect();
-            assert!(chunks.iter().all(|chunk| chunk.encoded_len() <= 2 << 20));
+            assert!(chunks.iter().all(|chunk| chunk.encoded_len() <= CHUNK_BYTES_MAX));
             let rows: Vec<u64> = chunks.iter().flat_map(|chunk| chunk.row.clone()).collect();
             assert_eq!(rows, (7..2007).collect::<Vec<_>>());
             for chunk in &chunks {
@@ -194,7 +195,7 @@ mod tests {
         let score = CaptionScore { itm: Some(0.5), cosine: None, fault: None };
         let rows = vec![RowScore { status: "ok", error: None, scores: vec![score; 4096] }];
         let chunks: Vec<_> = chunks(&scored(rows, Some(vec!["k".repeat(4096)]), 0), FORMAT).collect();
-        assert!(chunks.len() > 8 && chunks.iter().all(|chunk| chunk.encoded_len() <= 2 << 20));
+        assert!(chunks.len() > 8 && chunks.iter().all(|chunk| chunk.encoded_len() <= CHUNK_BYTES_MAX));
         let captions: Vec<u32> = chunks.iter().flat_map(|chunk| chunk.caption.clone()).collect();
         assert_eq!(captions, (0..4096).collect::<Vec<_>>());
     }

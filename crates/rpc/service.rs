@@ -10,9 +10,10 @@ use tracing::Instrument;
 
 use crate::chunks::Format;
 use crate::deadline::Deadline;
-use crate::gate::Admission;
+use crate::gate::{Admission, Admitted};
+use crate::outbox::Messages;
 use crate::serve::{Limits, Phase};
-use crate::stream::{Driver, Messages};
+use crate::stream::Driver;
 use crate::v1::scoring_service_server::ScoringService;
 use crate::{codec, request, status, stream, trace, v1};
 
@@ -32,9 +33,13 @@ impl Scoring {
     }
 
     /// Everything between a request and its first message.
-    async fn open(&self, request: Request<v1::ScoreBatchRequest>, request_id: String) -> Result<Driver, Status> {
+    async fn open(
+        &self,
+        request: Request<v1::ScoreBatchRequest>,
+        request_id: String,
+    ) -> Result<(Driver, Admitted), Status> {
         let worker = self.worker()?;
-        let admitted = Some(self.admission.admit()?);
+        let place = self.admission.admit()?;
         let deadline = request.extensions().get::<Deadline>().map(|deadline| deadline.0);
         let call = request::convert(request.into_inner(), worker.info().heads)?;
         let format = Format { heads: call.heads, thresholds: call.thresholds };
@@ -46,18 +51,18 @@ impl Scoring {
             None => opening.await,
         };
         let call = opened.map_err(|error| status::of(&error))?;
-        tracing::info!(shards = call.shards().len(), "call accepted");
-        let info = worker.info();
+        let (info, shards) = (worker.info(), call.shards());
+        tracing::info!(shards = shards.len(), "call accepted");
         let started = v1::ScoreStarted {
             model_hash: info.hash.clone(),
             device: info.device.clone(),
             precision: info.precision.to_owned(),
-            shards: call.shards(),
+            shards,
             request_id: request_id.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };
-        let (progress, shards) = (call.progress().clone(), call.shards().len());
-        Ok(Driver {
+        let (progress, shards) = (call.progress().clone(), started.shards.len());
+        let driver = Driver {
             started,
             events: call.start(),
             progress,
@@ -68,8 +73,8 @@ impl Scoring {
             stall_timeout: self.limits.stall_timeout,
             phase: self.phase.clone(),
             request_id,
-            admitted,
-        })
+        };
+        Ok((driver, place))
     }
 }
 
@@ -81,12 +86,12 @@ impl ScoringService for Scoring {
         let request_id = request_id(&request.get_ref().request_id)?;
         let span = trace::call(&request_id, request.metadata());
         let opening = self.open(request, request_id.clone()).instrument(span.clone());
-        let driver = opening.await.map_err(|status| {
+        let (driver, place) = opening.await.map_err(|status| {
             let _entered = span.enter();
             stream::ended(Some(&status));
             status::for_request(status, &request_id)
         })?;
-        Ok(Response::new(span.in_scope(|| driver.start())))
+        Ok(Response::new(span.in_scope(|| driver.start(place))))
     }
 
     async fn get_model_info(

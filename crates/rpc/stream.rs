@@ -1,31 +1,27 @@
 //! The messages of a call: events of the worker, progress on a timer, and an end that always has a reason.
 //!
-//! Whatever the client does, the call ends: at its deadline, when the client is gone, when a drain runs out. At most
-//! [`MESSAGES`] messages wait for a slow client, and nothing but its own call waits for it.
+//! Whatever the client does, the call ends: at its deadline, when the client is gone or takes nothing for long, when a drain runs
+//! out. Nothing but its own call waits for a slow client.
 
 use std::collections::BTreeMap;
-use std::pin::Pin;
-use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use capsieve_worker::{Event, Events, Progress, ShardDone};
-use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::sync::watch;
 use tonic::{Code, Status};
 use tracing::{Instrument, Span};
 
 use crate::chunks::{Format, chunks};
 use crate::gate::Admitted;
+use crate::outbox::{self, Messages, Outbox, outbox};
 use crate::serve::Phase;
 use crate::v1::score_batch_response::Event as Message;
 use crate::{status, v1};
 
-/// Messages that wait for the client, of at most 2 MiB each.
-const MESSAGES: usize = 2;
-
 /// Bytes of the shards' names in a message; what is longer goes on in another one.
-const SHARDS_BYTES_MAX: usize = 1 << 20;
+const SHARDS_BYTES_MAX: usize = 48 << 10;
+/// How long the last messages of a call that failed wait for its client.
+const FAILED_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a call's task works with.
 pub(crate) struct Driver {
@@ -39,47 +35,29 @@ pub(crate) struct Driver {
     pub(crate) stall_timeout: Option<Duration>,
     pub(crate) phase: watch::Receiver<Phase>,
     pub(crate) request_id: String,
-    pub(crate) admitted: Option<Admitted>,
-}
-
-/// The stream of a call.
-pub(crate) struct Messages {
-    received: Receiver<v1::ScoreBatchResponse>,
-    /// Why the stream ends, where that is no summary.
-    end: Arc<Mutex<Option<Status>>>,
-}
-
-impl futures::Stream for Messages {
-    type Item = Result<v1::ScoreBatchResponse, Status>;
-
-    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.received.poll_recv(context).map(|message| match message {
-            Some(message) => Some(Ok(message)),
-            None => self.end.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take().map(Err),
-        })
-    }
 }
 
 impl Driver {
     /// Begins to send.
-    pub(crate) fn start(self) -> Messages {
-        let (messages, received) = channel(MESSAGES);
-        let end = Arc::new(Mutex::new(None));
-        let at_end = Arc::clone(&end);
-        let request_id = self.request_id.clone();
+    pub(crate) fn start(self, place: Admitted) -> Messages {
+        let (patience, request_id) = (self.stall_timeout, self.request_id.clone());
+        let (outbox, messages) = outbox(place, patience);
         let work = async move {
-            let sent = self.run(&messages).await;
+            let sent = self.run(&outbox).await;
             ended(sent.as_ref().err());
-            let end = sent.err().map(|status| status::for_request(status, &request_id));
-            *at_end.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = end;
-            // Only now does the client see the end.
-            drop(messages);
+            let patience = match &sent {
+                Ok(()) => patience,
+                Err(status) if outbox::is_stalled(status) => Some(Duration::ZERO),
+                Err(_) => Some(patience.map_or(FAILED_PATIENCE, |patience| patience.min(FAILED_PATIENCE))),
+            };
+            outbox.end(sent.err().map(|status| status::for_request(status, &request_id)), patience).await;
         };
         tokio::spawn(work.in_current_span());
-        Messages { received, end }
+        messages
     }
 
-    async fn run(mut self, messages: &Sender<v1::ScoreBatchResponse>) -> Result<(), Status> {
+    /// Ends with the call; what it worked with is gone by then.
+    async fn run(mut self, outbox: &Outbox) -> Result<(), Status> {
         let (mut phase, deadline) = (self.phase.clone(), self.deadline);
         let stop = async {
             tokio::select! {
@@ -90,21 +68,21 @@ impl Driver {
                     let why = "the worker ends: go on with another one by the resume tokens";
                     status::with_reason(Code::Unavailable, "DRAINING", why)
                 }
-                () = messages.closed() => Status::cancelled("the client is gone"),
+                () = outbox.closed() => Status::cancelled("the client is gone"),
             }
         };
         tokio::select! {
             // First: a call that is done is done, whatever else happens at the same moment.
             biased;
-            sent = self.send_all(messages) => sent,
+            sent = self.send_all(outbox) => sent,
             status = stop => Err(status),
         }
     }
 
-    async fn send_all(&mut self, messages: &Sender<v1::ScoreBatchResponse>) -> Result<(), Status> {
-        let (begun, messages) = (Instant::now(), &Sending { messages, patience: self.stall_timeout });
+    async fn send_all(&mut self, outbox: &Outbox) -> Result<(), Status> {
+        let begun = Instant::now();
         for started in started(std::mem::take(&mut self.started)) {
-            send(messages, Message::Started(started)).await?;
+            outbox.send(Message::Started(started)).await?;
         }
         let (mut summary, mut ticks) = (v1::ScoreSummary::default(), tokio::time::interval(self.interval));
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -116,23 +94,21 @@ impl Driver {
                     Some(Err(error)) => return Err(status::of(&error)),
                     Some(Ok(Event::Rows(rows))) => {
                         for chunk in chunks(&rows, self.format) {
-                            send(messages, Message::Chunk(chunk)).await?;
+                            outbox.send(Message::Chunk(chunk)).await?;
                         }
                     }
                     Some(Ok(Event::ShardDone(done))) => {
                         let done = shard_done(done);
                         add(&mut summary, &done);
-                        send(messages, Message::ShardDone(done)).await?;
+                        outbox.send(Message::ShardDone(done)).await?;
                     }
                 },
-                _ = ticks.tick() => send(messages, Message::Progress(self.now(&summary))).await?,
+                _ = ticks.tick() => outbox.send(Message::Progress(self.now(&summary))).await?,
             }
         }
         summary.pairs = self.progress.pairs();
         summary.seconds = begun.elapsed().as_secs_f64();
-        send(messages, Message::Summary(summary)).await?;
-        // A drain waits for this, so not before the summary is on its way.
-        self.admitted = None;
+        outbox.send(Message::Summary(summary)).await?;
         Ok(())
     }
 
@@ -171,36 +147,20 @@ async fn expired(deadline: Option<Instant>) {
     }
 }
 
-/// Messages to a client that takes them in time.
-struct Sending<'a> {
-    messages: &'a Sender<v1::ScoreBatchResponse>,
-    patience: Option<Duration>,
-}
-
-async fn send(to: &Sending<'_>, event: Message) -> Result<(), Status> {
-    let sending = to.messages.send(v1::ScoreBatchResponse { event: Some(event) });
-    let sent = match to.patience {
-        Some(patience) => tokio::time::timeout(patience, sending).await.map_err(|_| {
-            let why = "the client takes no messages: go on by the resume tokens when it does";
-            status::with_reason(Code::Unavailable, "CLIENT_STALLED", why)
-        })?,
-        None => sending.await,
-    };
-    sent.map_err(|_| Status::cancelled("the client is gone"))
-}
-
-/// The message that a call was accepted, or several where the list of shards is long.
-fn started(whole: v1::ScoreStarted) -> Vec<v1::ScoreStarted> {
-    let (mut parts, mut bytes) = (vec![v1::ScoreStarted { shards: Vec::new(), ..whole.clone() }], 0);
-    for shard in whole.shards {
-        bytes += shard.len() + 6;
-        if bytes > SHARDS_BYTES_MAX {
-            parts.push(v1::ScoreStarted { shards: Vec::new(), ..parts[0].clone() });
-            bytes = shard.len() + 6;
+/// The message that a call was accepted, or several where the list of shards is long, made one at a time.
+fn started(mut whole: v1::ScoreStarted) -> impl Iterator<Item = v1::ScoreStarted> {
+    let mut shards = std::mem::take(&mut whole.shards).into_iter().peekable();
+    let mut first = true;
+    std::iter::from_fn(move || {
+        let (mut part, mut bytes) = (v1::ScoreStarted { shards: Vec::new(), ..whole.clone() }, 0);
+        while let Some(shard) =
+            shards.next_if(|shard| part.shards.is_empty() || bytes + shard.len() <= SHARDS_BYTES_MAX)
+        {
+            bytes += shard.len();
+            part.shards.push(shard);
         }
-        parts.last_mut().expect("it begins with one").shards.push(shard);
-    }
-    parts
+        (std::mem::take(&mut first) || !part.shards.is_empty()).then_some(part)
+    })
 }
 
 fn shard_done(done: ShardDone) -> v1::ShardDone {

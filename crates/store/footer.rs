@@ -7,7 +7,9 @@ use arrow_schema::SchemaRef;
 use parquet::DecodeResult;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use parquet::errors::ParquetError;
-use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataPushDecoder, RowGroupMetaData};
+use parquet::file::metadata::{
+    ColumnChunkMetaData, PageIndexPolicy, ParquetMetaData, ParquetMetaDataPushDecoder, RowGroupMetaData,
+};
 
 use crate::output::SCORE_ERROR;
 use crate::{Error, Location, ObjectInfo, Result};
@@ -18,6 +20,9 @@ const MAGIC: &[u8] = b"PAR1";
 const MAGIC_ENCRYPTED: &[u8] = b"PARE";
 /// Magic, footer length, magic: no Parquet file is shorter.
 const FILE_BYTES_MIN: u64 = 12;
+
+/// Columns by their place in the schema; none: all.
+pub(crate) type Roots<'a> = Option<&'a [usize]>;
 
 /// What a shard is, before any of its rows is read.
 #[derive(Clone, Debug)]
@@ -57,7 +62,7 @@ impl Footer {
         let metadata = self.metadata.metadata();
         let mut columns = metadata.file_metadata().schema_descr().columns().iter();
         let index = columns.position(|column| column.path().parts() == [SCORE_ERROR])?;
-        let count = |group: &parquet::file::metadata::RowGroupMetaData| {
+        let count = |group: &RowGroupMetaData| {
             let chunk = group.column(index);
             u64::try_from(chunk.num_values()).ok()?.checked_sub(chunk.statistics()?.null_count_opt()?)
         };
@@ -81,15 +86,48 @@ impl Footer {
         ((group..groups.len()).collect(), usize::try_from(before).unwrap_or(usize::MAX))
     }
 
-    /// Bytes that reading takes: the largest row group as it is stored, and `batch_rows` rows of it as they are read.
-    pub(crate) fn reading_bytes(&self, batch_rows: usize) -> u64 {
-        let bytes = |group: &RowGroupMetaData| {
-            let count = |number: i64| u64::try_from(number).unwrap_or_default();
-            let (rows, whole) = (count(group.num_rows()).max(1), count(group.total_byte_size()));
-            let batch = u128::from(whole) * u128::from(rows.min(batch_rows as u64)) / u128::from(rows);
-            count(group.compressed_size()).saturating_add(u64::try_from(batch).unwrap_or(u64::MAX))
+    /// Bytes that reading takes: the footer, the largest row group as it is stored, and `batch_rows` rows of it as they are
+    /// read. A page is decompressed as a whole, and a column that is much larger then may be one page.
+    pub(crate) fn reading_bytes(&self, batch_rows: usize, roots: Roots<'_>) -> u64 {
+        let pages = |column: &ColumnChunkMetaData| {
+            let (stored, whole) = (count(column.compressed_size()), count(column.uncompressed_size()));
+            if whole / 2 > stored { stored.saturating_add(whole) } else { stored }
         };
-        self.metadata.metadata().row_groups().iter().map(bytes).max().unwrap_or_default()
+        let bytes = |group: &RowGroupMetaData| {
+            let (rows, whole) = (count(group.num_rows()).max(1), self.decoded_bytes(group, roots));
+            let batch = u128::from(whole) * u128::from(rows.min(batch_rows as u64)) / u128::from(rows);
+            let pages = self.leaves(group, roots).map(pages).fold(0, u64::saturating_add);
+            pages.saturating_add(u64::try_from(batch).unwrap_or(u64::MAX))
+        };
+        let metadata = self.metadata.metadata();
+        let largest = metadata.row_groups().iter().map(bytes).max().unwrap_or_default();
+        largest.saturating_add(metadata.memory_size() as u64)
+    }
+
+    /// Rows that have at most `values` values of a column together, on the average of any row group; at least one.
+    pub(crate) fn rows_with(&self, root: usize, values: usize) -> usize {
+        let rows = |group: &RowGroupMetaData| {
+            let found =
+                self.leaves(group, Some(&[root])).map(ColumnChunkMetaData::num_values).max().unwrap_or_default();
+            let rows = i128::from(group.num_rows()) * values as i128 / i128::from(found.max(1));
+            usize::try_from(rows).unwrap_or(usize::MAX)
+        };
+        self.metadata.metadata().row_groups().iter().map(rows).min().unwrap_or(usize::MAX).max(1)
+    }
+
+    /// The leaves of some columns.
+    fn leaves<'a>(
+        &'a self,
+        group: &'a RowGroupMetaData,
+        roots: Roots<'a>,
+    ) -> impl Iterator<Item = &'a ColumnChunkMetaData> {
+        let schema = self.metadata.metadata().file_metadata().schema_descr();
+        let wanted = move |leaf: usize| roots.is_none_or(|roots| roots.contains(&schema.get_column_root_idx(leaf)));
+        group.columns().iter().enumerate().filter(move |(leaf, _)| wanted(*leaf)).map(|(_, column)| column)
+    }
+
+    fn decoded_bytes(&self, group: &RowGroupMetaData, roots: Roots<'_>) -> u64 {
+        self.leaves(group, roots).map(|column| count(column.uncompressed_size())).fold(0, u64::saturating_add)
     }
 
     /// Size, entity tag and time of the object.
@@ -103,16 +141,18 @@ impl Footer {
     }
 
     /// Rows a batch may have so that an average one of any row group stays within `bytes_max`.
-    pub(crate) fn batch_rows(&self, rows_max: usize, bytes_max: u64) -> usize {
-        let rows = |group: &parquet::file::metadata::RowGroupMetaData| {
-            let bytes = u64::try_from(group.total_byte_size()).unwrap_or_default();
-            let rows = u64::try_from(group.num_rows()).unwrap_or_default();
-            let row_bytes = bytes.checked_div(rows).unwrap_or_default().max(1);
-            usize::try_from(bytes_max / row_bytes).unwrap_or(usize::MAX)
+    pub(crate) fn batch_rows(&self, rows_max: usize, bytes_max: u64, roots: Roots<'_>) -> usize {
+        let rows = |group: &RowGroupMetaData| {
+            let row_bytes = self.decoded_bytes(group, roots).checked_div(count(group.num_rows())).unwrap_or_default();
+            usize::try_from(bytes_max / row_bytes.max(1)).unwrap_or(usize::MAX)
         };
         let fitting = self.metadata.metadata().row_groups().iter().map(rows).min().unwrap_or(usize::MAX);
         fitting.min(rows_max).max(1)
     }
+}
+
+fn count(number: i64) -> u64 {
+    u64::try_from(number).unwrap_or_default()
 }
 
 async fn read_metadata(location: &Location, info: &ObjectInfo) -> Result<ParquetMetaData> {
@@ -163,7 +203,7 @@ fn check_ranges(metadata: &ParquetMetaData) -> Result<(), ParquetError> {
     let mut rows = 0i64;
     for group in metadata.row_groups() {
         let columns = group.columns();
-        let negative = |column: &parquet::file::metadata::ColumnChunkMetaData| {
+        let negative = |column: &ColumnChunkMetaData| {
             let offset = column.dictionary_page_offset().unwrap_or_default().min(column.data_page_offset());
             offset < 0 || column.compressed_size() < 0 || column.num_values() < 0
         };

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use futures::Stream;
 use object_store::{OBJECT_STORE_COALESCE_DEFAULT, coalesce_ranges};
 use parquet::DecodeResult;
+use parquet::arrow::ProjectionMask;
 use parquet::arrow::push_decoder::{ParquetPushDecoder, ParquetPushDecoderBuilder};
 use parquet::errors::ParquetError;
 
@@ -23,6 +24,8 @@ const BATCH_BYTES_MAX: u64 = 64 << 20;
 pub struct ShardReader {
     footer: Footer,
     columns: Columns,
+    /// Columns that are read, in the order of the schema; none: all.
+    roots: Option<Vec<usize>>,
 }
 
 impl ShardReader {
@@ -40,7 +43,20 @@ impl ShardReader {
     /// When there is no usable image or caption column.
     pub fn new(footer: Footer, options: &ColumnOptions) -> Result<Self> {
         let columns = Columns::detect(footer.schema(), options, footer.location.uri())?;
-        Ok(Self { footer, columns })
+        Ok(Self { footer, columns, roots: None })
+    }
+
+    /// Reads the columns that are scored and the key, and no others: [`Self::columns`] are then places in the batches.
+    #[must_use]
+    pub fn narrowed(mut self) -> Self {
+        let Columns { key, image, caption, .. } = self.columns;
+        let mut roots: Vec<usize> = key.into_iter().chain([image, caption]).collect();
+        roots.sort_unstable();
+        roots.dedup();
+        let place = |root| roots.binary_search(&root).expect("it is one of them");
+        (self.columns.key, self.columns.image, self.columns.caption) = (key.map(place), place(image), place(caption));
+        self.roots = Some(roots);
+        self
     }
 
     /// The shard's schema, with its key-value metadata.
@@ -79,8 +95,8 @@ impl ShardReader {
 
     /// All rows without the vocabulary of streams.
     pub fn into_batches(self, batch_rows: usize) -> Batches {
-        let batch_rows = self.footer.batch_rows(batch_rows, BATCH_BYTES_MAX);
-        Batches { footer: self.footer, batch_rows, state: State::New, rows: 0 }
+        let batch_rows = self.batch_rows(batch_rows);
+        Batches { footer: self.footer, roots: self.roots, batch_rows, state: State::New, rows: 0 }
     }
 
     /// The rows from row `first` on; row groups before it are not read.
@@ -93,15 +109,26 @@ impl ShardReader {
         self.footer.location.uri()
     }
 
-    /// Bytes that reading it in batches of `batch_rows` rows takes at a time: a row group as it is stored, and a batch of it.
+    /// Rows that have at most so many captions together, on the average of any row group; at least one.
+    pub fn rows_with_captions(&self, captions: usize) -> usize {
+        let caption = self.roots.as_ref().map_or(self.columns.caption, |roots| roots[self.columns.caption]);
+        self.footer.rows_with(caption, captions)
+    }
+
+    /// Bytes that reading it in batches of `batch_rows` rows takes at a time: a row group, and a batch of it.
     pub fn reading_bytes(&self, batch_rows: usize) -> u64 {
-        self.footer.reading_bytes(self.footer.batch_rows(batch_rows, BATCH_BYTES_MAX))
+        self.footer.reading_bytes(self.batch_rows(batch_rows), self.roots.as_deref())
+    }
+
+    fn batch_rows(&self, rows: usize) -> usize {
+        self.footer.batch_rows(rows, BATCH_BYTES_MAX, self.roots.as_deref())
     }
 }
 
 /// The rows of a shard that were not read yet.
 pub struct Batches {
     footer: Footer,
+    roots: Option<Vec<usize>>,
     batch_rows: usize,
     state: State,
     /// Rows given out or skipped.
@@ -131,7 +158,9 @@ impl Batches {
     pub async fn next(&mut self) -> Result<Option<RecordBatch>> {
         loop {
             let (mut decoder, ranges, data) = match std::mem::replace(&mut self.state, State::Done) {
-                State::New => (build(&self.footer, self.rows, self.batch_rows).await?, Vec::new(), Vec::new()),
+                State::New => {
+                    (build(&self.footer, self.roots.clone(), self.rows, self.batch_rows).await?, Vec::new(), Vec::new())
+                }
                 State::Ready(decoder, ranges, data) => (decoder, ranges, data),
                 State::Done => return Ok(None),
             };
@@ -159,12 +188,19 @@ impl Batches {
     }
 }
 
-async fn build(footer: &Footer, first: u64, batch_rows: usize) -> Result<Box<ParquetPushDecoder>> {
+async fn build(
+    footer: &Footer,
+    roots: Option<Vec<usize>>,
+    first: u64,
+    batch_rows: usize,
+) -> Result<Box<ParquetPushDecoder>> {
     let metadata = footer.metadata.clone();
     let (groups, skipped) = footer.row_groups_from(first);
     let build = move || {
+        let schema = metadata.metadata().file_metadata().schema_descr_ptr();
+        let mask = roots.map_or_else(ProjectionMask::all, |roots| ProjectionMask::roots(&schema, roots));
         let builder = ParquetPushDecoderBuilder::new_with_metadata(metadata).with_batch_size(batch_rows);
-        builder.with_row_groups(groups).with_offset(skipped).build().map(Box::new)
+        builder.with_projection(mask).with_row_groups(groups).with_offset(skipped).build().map(Box::new)
     };
     contained(&footer.location, build).await
 }

@@ -1,5 +1,6 @@
 //! Memory that jobs share: what a chunk of rows takes is asked for before it is read further, and given back when its pixels
-//! and columns are gone. Waiting is first come, first served.
+//! and columns are gone. Waiting is first come, first served, but for a reserve that only small requests may use: who needs
+//! little does not wait for those who need much.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,6 +10,11 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 /// Bytes that a permit of the semaphore stands for: it counts to 2^61 at most, and single bytes are nobody's business.
 const UNIT_BYTES: usize = 1024;
 
+/// A part of so many is the reserve ...
+const RESERVE: u32 = 8;
+/// ... and a request is small that asks for no more than a part of so many.
+const SMALL: u32 = 64;
+
 /// A number of bytes that may be held at a time, or no limit. A clone is the same budget.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Budget(Option<Arc<Shared>>);
@@ -16,6 +22,9 @@ pub(crate) struct Budget(Option<Arc<Shared>>);
 #[derive(Debug)]
 struct Shared {
     room: Arc<Semaphore>,
+    /// For small requests alone.
+    reserve: Arc<Semaphore>,
+    /// Of both.
     units: u32,
     /// Jobs that wait for room.
     waiting: AtomicUsize,
@@ -37,22 +46,33 @@ impl Budget {
     /// At most `bytes` at a time.
     pub(crate) fn new(bytes: usize) -> Self {
         let units = u32::try_from(bytes / UNIT_BYTES).unwrap_or(u32::MAX).max(1);
-        let room = Arc::new(Semaphore::new(units as usize));
-        Self(Some(Arc::new(Shared { room, units, waiting: AtomicUsize::new(0) })))
+        let reserve = units / RESERVE;
+        let semaphore = |units: u32| Arc::new(Semaphore::new(units as usize));
+        let (room, reserve) = (semaphore(units - reserve), semaphore(reserve));
+        Self(Some(Arc::new(Shared { room, reserve, units, waiting: AtomicUsize::new(0) })))
     }
 
-    /// The most bytes at a time; none: no limit.
+    /// The most bytes that one may have; none: no limit.
     pub(crate) fn bytes_max(&self) -> Option<usize> {
-        self.0.as_ref().map(|shared| shared.units as usize * UNIT_BYTES)
+        self.0.as_ref().map(|shared| shared.for_all() as usize * UNIT_BYTES)
     }
 
-    /// Waits for `bytes`. What is larger than the whole budget takes all of it: alone it may go on.
+    /// Waits for `bytes`. What is larger than all that one may have takes all of it: alone it may go on.
     pub(crate) async fn take(&self, bytes: usize) -> Held {
         let Some(shared) = &self.0 else { return Held::default() };
-        let units = u32::try_from(bytes.div_ceil(UNIT_BYTES)).unwrap_or(u32::MAX).min(shared.units);
+        let units = u32::try_from(bytes.div_ceil(UNIT_BYTES)).unwrap_or(u32::MAX).min(shared.for_all());
+        let of = |semaphore: &Arc<Semaphore>| Arc::clone(semaphore).acquire_many_owned(units);
         let _waiting = Waiting::new(&shared.waiting);
-        let permit = Arc::clone(&shared.room).acquire_many_owned(units).await;
-        Held(Some(permit.expect("the semaphore is never closed")))
+        let permit = if units <= shared.units / SMALL {
+            tokio::select! {
+                biased;
+                permit = of(&shared.room) => permit,
+                permit = of(&shared.reserve) => permit,
+            }
+        } else {
+            of(&shared.room).await
+        };
+        Held(Some(permit.expect("the semaphores are never closed")))
     }
 
     /// Whether somebody waits for room.
@@ -63,7 +83,15 @@ impl Budget {
     /// Bytes that nobody holds; none without a limit.
     #[cfg(test)]
     pub(crate) fn free(&self) -> Option<usize> {
-        self.0.as_ref().map(|shared| shared.room.available_permits() * UNIT_BYTES)
+        self.0
+            .as_ref()
+            .map(|shared| (shared.room.available_permits() + shared.reserve.available_permits()) * UNIT_BYTES)
+    }
+}
+
+impl Shared {
+    fn for_all(&self) -> u32 {
+        self.units - self.units / RESERVE
     }
 }
 
@@ -80,5 +108,30 @@ impl<'a> Waiting<'a> {
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+mod tests {
+    use futures::FutureExt;
+
+    use super::*;
+
+    #[test]
+    fn who_needs_little_does_not_wait_for_who_needs_much() {
+        let budget = Budget::new(64 << 20);
+        assert_eq!(budget.bytes_max(), Some(56 << 20));
+        let all = budget.take(1 << 40).now_or_never().unwrap();
+        let mut large = Box::pin(budget.take(2 << 20));
+        assert!((&mut large).now_or_never().is_none() && budget.is_wanted());
+        let small: Vec<Held> = (0..8).map(|_| budget.take(1 << 20).now_or_never().unwrap()).collect();
+        assert!(budget.take(1 << 20).now_or_never().is_none(), "the reserve has an end too");
+        drop(small);
+        assert!((&mut large).now_or_never().is_none(), "the reserve is not for all");
+        drop(all);
+        drop(large.now_or_never().unwrap());
+        assert!(!budget.is_wanted());
+        assert_eq!(budget.free(), Some(64 << 20));
     }
 }

@@ -183,7 +183,7 @@ impl Call {
     /// The rows of a shard as events.
     async fn stream_shard(&self, number: usize, events: &Sender<Result<Event>>) -> Result<()> {
         let location = &self.plan.shards[number];
-        let reader = ShardReader::open(location, self.columns()).await?;
+        let reader = ShardReader::open(location, self.columns()).await?.narrowed();
         let start = self.position(location, reader.object_info(), None);
         let at = self.resumed(&start)?;
         let (rows, e_tag) = (reader.rows(), reader.object_info().e_tag.clone());

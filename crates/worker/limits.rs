@@ -53,10 +53,15 @@ pub const CAPTION_BYTES_MAX: usize = 1 << 20;
 pub const READER_STALLS: Duration = Duration::from_millis(500);
 /// ... or when a call has had it for so long.
 pub const ROW_GROUP_TURN: Duration = Duration::from_secs(5);
-/// Memory of an output while it is written: a row group, and the parts on their way.
+/// Memory of an output while it is written, at most: a row group, and the parts on their way.
 pub const OUTPUT_BYTES: usize = 96 << 20;
-/// What captions take as tokens, in bytes for each byte of their column: four for a byte that is a token, more for empty ones,
-/// which have two tokens and an entry in a list all the same.
-pub const TOKENS_FACTOR: usize = 16;
+/// The same of a small shard, beside what it holds itself twice: once as encoded and once on its way.
+pub const OUTPUT_BYTES_MIN: usize = 64 << 10;
+/// Captions that travel together, on the average of a row group: rows of many captions travel in smaller chunks.
+pub const CHUNK_CAPTIONS: usize = 4096;
+/// Tokens of a caption that are counted: no model takes more, and longer captions are errors of their rows.
+pub const TOKENS_MAX: usize = 4096;
+/// What a caption takes beside its tokens: its place in lists, the reason why it has no score, the score.
+pub const CAPTION_BYTES: usize = 160;
 /// Bytes of a tokenizer or preprocessor file.
 pub const MODEL_JSON_BYTES_MAX: u64 = 64 << 20;

@@ -7,7 +7,7 @@ use arrow_array::{ArrayRef, RecordBatch, StringArray, StructArray};
 use arrow_schema::{DataType, Field};
 use capsieve_store::{CaptionKind, Columns, ImageKind};
 
-use crate::limits::{CHUNK_ROWS, CHUNK_URIS};
+use crate::limits::{CHUNK_CAPTIONS, CHUNK_ROWS, CHUNK_URIS};
 
 /// An image and its captions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -37,13 +37,20 @@ pub(crate) fn columns() -> Columns {
     Columns { key: Some(0), image: 1, image_kind: ImageKind::Struct, caption: 2, caption_kind: CaptionKind::List }
 }
 
-/// The pairs in batches, made one at a time.
+/// The pairs in batches, made one at a time: of so many rows and so many captions, or of one row.
 pub(crate) fn batches(pairs: Vec<Pair>) -> impl Iterator<Item = capsieve_store::Result<RecordBatch>> + Send {
     let fetched = pairs.iter().any(|pair| matches!(pair.image, PairImage::Uri(_)));
     let rows = if fetched { CHUNK_URIS } else { CHUNK_ROWS };
-    let mut left = pairs.into_iter();
+    let mut left = pairs.into_iter().peekable();
     std::iter::from_fn(move || {
-        let chunk: Vec<Pair> = left.by_ref().take(rows).collect();
+        let (mut chunk, mut captions) = (Vec::new(), 0);
+        while chunk.len() < rows
+            && let Some(pair) =
+                left.next_if(|pair: &Pair| chunk.is_empty() || captions + pair.captions.len() <= CHUNK_CAPTIONS)
+        {
+            captions += pair.captions.len();
+            chunk.push(pair);
+        }
         (!chunk.is_empty()).then(|| Ok(batch(&chunk)))
     })
 }

@@ -15,7 +15,9 @@ use std::time::Instant;
 
 use arrow_array::RecordBatch;
 use bytes::Bytes;
-use capsieve_store::{Access, Columns, ImageCell, InputRow, Location, ObjectInfo, RowScore, ShardWriter, Written};
+use capsieve_store::{
+    Access, CaptionCell, Columns, ImageCell, InputRow, Location, ObjectInfo, RowScore, ShardWriter, Written,
+};
 use futures::{StreamExt, stream};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -23,7 +25,8 @@ use tokio::task::spawn_blocking;
 
 use crate::budget::{Budget, Held};
 use crate::limits::{
-    CHUNKS_PREPARED, CHUNKS_READ, FETCHES, IMAGE_BYTES_MAX, READER_STALLS, TOKENS_FACTOR, chunks_max, chunks_open,
+    CAPTION_BYTES, CHUNKS_PREPARED, CHUNKS_READ, FETCHES, IMAGE_BYTES_MAX, READER_STALLS, TOKENS_MAX, chunks_max,
+    chunks_open,
 };
 use crate::prepare::{Fault, Preparer, ReadyRow, chain};
 use crate::queue::Share;
@@ -181,13 +184,13 @@ async fn read(
         let ticket = ticket(&tickets, &mut input).await;
         let start = Instant::now();
         let Some(batch) = input.next().await? else { return Ok(seconds) };
-        let found = locate(addresses(&batch, columns)?, images).await;
+        let (addresses, captions) = look(&batch, columns)?;
+        let found = locate(addresses, images).await;
         let looking = start.elapsed().as_secs_f64();
         // Not the reader's time: memory is short because the engines are busy.
         let fetching = found.iter().map(Found::bytes).sum::<usize>();
-        let tokens = TOKENS_FACTOR * batch.column(columns.caption).get_array_memory_size();
         // Asked for at once: who holds a part and waits for another could wait for ever.
-        let bytes = batch.num_rows() * pixel_bytes + batch.get_array_memory_size() + tokens;
+        let bytes = batch.num_rows() * pixel_bytes + batch.get_array_memory_size() + captions;
         let mut held = budget.take(bytes + fetching).await;
         let fetching = held.split(fetching);
         let start = Instant::now();
@@ -212,13 +215,21 @@ async fn ticket(tickets: &Arc<Semaphore>, input: &mut impl Rows) -> Ticket {
     }
 }
 
-/// Where the images are that are not in the shard.
-fn addresses(batch: &RecordBatch, columns: &Columns) -> Result<Vec<Option<String>>> {
+/// Where the images are that are not in the shard, and the bytes that its captions take once they are tokens.
+fn look(batch: &RecordBatch, columns: &Columns) -> Result<(Vec<Option<String>>, usize)> {
+    let rows = capsieve_store::rows(batch, columns)?;
     let address = |row: &InputRow<'_>| match row.image {
         ImageCell::Uri(uri) => Some(uri.to_owned()),
         _ => None,
     };
-    Ok(capsieve_store::rows(batch, columns)?.iter().map(address).collect())
+    // A token is a byte of text at least, but for the two markers.
+    let tokens = |text: &str| size_of::<u32>() * (text.len().min(TOKENS_MAX) + 2);
+    let captions = |row: &InputRow<'_>| match &row.captions {
+        CaptionCell::Null => 0,
+        CaptionCell::One(text) => CAPTION_BYTES + tokens(text),
+        CaptionCell::List(texts) => texts.iter().map(|text| CAPTION_BYTES + text.map_or(0, tokens)).sum(),
+    };
+    Ok((rows.iter().map(address).collect(), rows.iter().map(captions).sum()))
 }
 
 /// An image that is not in the shard: not there, or found, or why it cannot be had.

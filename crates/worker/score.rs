@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 use crate::budget::Budget;
 use crate::engine::Pool;
-use crate::limits::OUTPUT_BYTES;
+use crate::limits::{OUTPUT_BYTES, OUTPUT_BYTES_MIN};
 use crate::model::hex;
 use crate::pipeline::{self, Images, Output, Stages, Totals};
 use crate::prepare::Preparer;
@@ -206,9 +206,9 @@ impl OpenShard {
         progress: &Progress,
     ) -> Result<Outcome> {
         let Self { input, output, reader, writer, fingerprint } = self;
-        let (rows, columns) = (reader.rows(), reader.columns().clone());
+        let (rows, columns, info) = (reader.rows(), reader.columns().clone(), reader.object_info().clone());
         let input_rows = ShardRows::new(reader, 0, &engine.row_groups)?;
-        let _held = engine.outputs.take(OUTPUT_BYTES).await;
+        let _held = engine.outputs.take(output_bytes(&info)).await;
         progress.start(rows);
         let start = Instant::now();
         let stages = Stages {
@@ -225,8 +225,12 @@ impl OpenShard {
         let totals = match pipeline::run(stages).await {
             Ok(totals) => totals,
             // Another run of the same job was faster: its output is as good as ours.
-            Err(Error::Store(StoreError::Superseded { .. } | StoreError::Exists { .. })) => {
-                return complete(job, &output, &fingerprint).await;
+            Err(Error::Store(error @ (StoreError::Superseded { .. } | StoreError::Exists { .. }))) => {
+                return match complete(job, &output, &fingerprint).await {
+                    // It was another job, and this one was to replace what is there: "exists" would be no help.
+                    Err(Error::Foreign { .. }) if job.overwrite => Err(error.into()),
+                    found => found,
+                };
             }
             Err(error) => return Err(error),
         };
@@ -235,6 +239,12 @@ impl OpenShard {
         capsieve_store::write_stats(&output, &stats).await?;
         Ok(Outcome::Done(Box::new(stats)))
     }
+}
+
+/// What writing the output of this input takes at a time.
+fn output_bytes(input: &ObjectInfo) -> usize {
+    let input = usize::try_from(input.size).unwrap_or(usize::MAX);
+    OUTPUT_BYTES_MIN.saturating_add(input.saturating_mul(2)).min(OUTPUT_BYTES)
 }
 
 /// An output that is there: ours, or somebody else's?

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, RecordBatch, StringArray};
+use capsieve_rpc::v1::score_batch_request::Source;
 use capsieve_rpc::v1::score_batch_response::Event;
 use sha2::{Digest, Sha256};
 use tonic::Code;
 
-use super::server::{Entry, Server, Shards, call, of_chunk, of_shards, wait, with_tokens};
+use super::server::{Entry, Server, Shards, call, narrow, of_chunk, of_pairs, of_shards, pairs, wait, with_tokens};
 use crate::support::{list_shard, picture, program, run, write_parquet};
 
 #[test]
@@ -274,4 +275,35 @@ fn a_drain_lets_short_calls_end_and_cuts_long_ones_with_a_position() {
         });
         assert_eq!(server.ended(), Some(0), "{}", server.log.lock().unwrap());
     }
+}
+
+/// Inline pairs have no positions: a drain waits for who has not read everything yet.
+#[test]
+#[cfg(unix)]
+fn a_drain_waits_until_the_scores_are_taken() {
+    let mut server = Server::start(&["--drain-timeout", "60"]);
+    let mut request = of_pairs(&pairs(2, 0));
+    if let Some(Source::Pairs(given)) = &mut request.source {
+        given.items[0].key = "k".repeat(4096);
+        given.items[0].captions = vec!["a".to_owned(); 480];
+    }
+    wait(async {
+        let mut client = narrow(&server).await;
+        let mut stream = client.score_batch(request).await.unwrap().into_inner();
+        stream.message().await.unwrap();
+        server.signal("-TERM");
+        server.wait_for("draining: 1 calls");
+        // Longer than the last words of a worker that has nothing left to do.
+        tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+        let (mut entries, mut done) = (0, false);
+        while let Some(message) = stream.message().await.unwrap() {
+            match message.event.unwrap() {
+                Event::Chunk(chunk) => entries += chunk.row.len(),
+                Event::Summary(_) => done = true,
+                _ => {}
+            }
+        }
+        assert_eq!((entries, done), (481, true));
+    });
+    assert_eq!(server.ended(), Some(0));
 }

@@ -117,6 +117,13 @@ impl Drop for Server {
     }
 }
 
+/// A client that takes next to nothing on its own: the rest waits in the worker.
+pub(crate) async fn narrow(server: &Server) -> ScoringServiceClient<Channel> {
+    let endpoint = Channel::from_shared(server.endpoint()).unwrap();
+    let endpoint = endpoint.initial_stream_window_size(65_535).initial_connection_window_size(65_535);
+    ScoringServiceClient::new(endpoint.connect().await.unwrap()).max_decoding_message_size(8 << 20)
+}
+
 /// What a call gave: its messages, and how it ended.
 pub(crate) struct Answer {
     pub(crate) events: Vec<Event>,

@@ -6,7 +6,8 @@ use tonic::Code;
 use tonic_types::StatusExt;
 
 use super::server::{Answer, Server, Shards, call, of_shards, wait, with_tokens};
-use crate::support::{capsieve, read_parquet};
+use super::stress::gauge;
+use crate::support::{capsieve, read_parquet, shard, write_parquet};
 
 fn to(shards: &Shards, input: &str, sink: &str, overwrite: bool) -> v1::ScoreBatchRequest {
     let sink = v1::ParquetSink { uri: shards.text("") + sink, drop_images: false, overwrite };
@@ -77,6 +78,39 @@ fn identical_calls_at_a_time_all_find_the_output() {
         assert_eq!(names, ["a.parquet", "a.stats.json"], "nothing is left over");
         assert_eq!(read_parquet(&shards.path("out/a.parquet")).num_rows(), 200);
     }
+}
+
+#[test]
+fn a_small_output_does_not_wait_for_large_ones() {
+    let shards = Shards::new(&[6]);
+    // Large by its size alone: noise as images, which are refused.
+    let noise: Vec<u8> = (0..3_000_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let rows: Vec<_> = (0..40).map(|row| (Some(noise.clone()), Some(format!("row {row}")))).collect();
+    for name in ["x", "y", "z"] {
+        let many: Vec<_> = rows.iter().chain(&super::server::pairs(4000, 1)).cloned().collect();
+        write_parquet(&shards.path(&format!("in/{name}.parquet")), &shard(&many), 8);
+    }
+    let limit = (256 << 20).to_string();
+    let arguments = ["--allow-uri", &shards.root(), "--memory-limit", &limit, "--metrics-listen", "127.0.0.1:0"];
+    let server = Server::start(&[&arguments[..], &["--batch-size", "1"]].concat());
+    wait(async {
+        let mut running = tokio::task::JoinSet::new();
+        for name in ["x", "y", "z"] {
+            let (mut client, name) = (server.client().await, format!("{name}.parquet"));
+            let request = to(&shards, &format!("in/{name}"), &format!("out/{name}"), false);
+            running.spawn(async move { call(&mut client, request).await });
+        }
+        while gauge(&server, "capsieve_calls_in_flight") < 3.0 {
+            assert!(running.try_join_next().is_none(), "none of them is refused");
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+        let small = call(&mut server.client().await, to(&shards, "in/a.parquet", "out/a.parquet", false)).await;
+        assert_eq!(done(&small)[0].rows, 6);
+        assert!(running.try_join_next().is_none(), "the large ones are all still there");
+        for large in running.join_all().await {
+            assert_eq!(done(&large)[0].rows, 4040);
+        }
+    });
 }
 
 #[test]

@@ -6,17 +6,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrow::array::{ArrayRef, RecordBatch, StringArray};
+use capsieve_prep::RgbImage;
+use capsieve_rpc::v1::score_batch_request::Source;
 use capsieve_rpc::v1::score_batch_response::Event;
-use capsieve_rpc::v1::scoring_service_client::ScoringServiceClient;
-use tonic::transport::Channel;
 use tonic::{Code, Request};
 use tonic_types::StatusExt;
 
-use super::server::{Server, Shards, call, of_pairs, of_shards, pairs, wait, with_tokens};
-use crate::support::{shard, write_parquet};
+use super::server::{Server, Shards, call, narrow, of_pairs, of_shards, pairs, wait, with_tokens};
+use crate::support::{list_shard, picture, png, shard, write_parquet};
 
 /// A gauge of the metrics.
-fn gauge(server: &Server, name: &str) -> f64 {
+pub(crate) fn gauge(server: &Server, name: &str) -> f64 {
     let url = server.metrics.as_ref().unwrap();
     let address = url.strip_prefix("http://").and_then(|rest| rest.strip_suffix("/metrics")).unwrap();
     let mut stream = TcpStream::connect(address).unwrap();
@@ -61,13 +61,6 @@ fn five_hundred_clients_that_vanish_leave_nothing() {
     let (_, after) = server.memory();
     assert!(after < before + (48 << 20), "{before} bytes before, {after} after");
     wait(async { assert_eq!(call(&mut server.client().await, request()).await.entries().len(), 600) });
-}
-
-/// A client that takes next to nothing on its own: the rest waits in the worker.
-async fn narrow(server: &Server) -> ScoringServiceClient<Channel> {
-    let endpoint = Channel::from_shared(server.endpoint()).unwrap();
-    let endpoint = endpoint.initial_stream_window_size(65_535).initial_connection_window_size(65_535);
-    ScoringServiceClient::new(endpoint.connect().await.unwrap()).max_decoding_message_size(8 << 20)
 }
 
 /// 3000 rows of one row group; keys of 4 KB make 12 MB of the scores, and of the row group.
@@ -157,6 +150,77 @@ fn who_stalls_for_long_is_ended() {
         let request = if token.is_empty() { request } else { with_tokens(request, vec![token]) };
         let rest = call(&mut server.client().await, request).await.entries().len();
         assert_eq!(rows + rest, 3000);
+    });
+}
+
+/// A call is over when its client has it: until then it has its place, and its scores are bounded by places.
+#[test]
+fn scores_that_nobody_takes_keep_their_place_and_not_for_ever() {
+    let arguments = ["--max-calls", "3", "--stall-timeout", "1", "--metrics-listen", "127.0.0.1:0"];
+    let server = Server::start(&arguments);
+    let mut request = of_pairs(&pairs(1, 0));
+    if let Some(Source::Pairs(given)) = &mut request.source {
+        // A few kilobytes that make two million of scores.
+        given.items[0].key = "k".repeat(4096);
+        given.items[0].captions = vec!["a".to_owned(); 480];
+    }
+    wait(async {
+        let mut unread = Vec::new();
+        for _ in 0..3 {
+            let mut client = narrow(&server).await;
+            unread.push((client.score_batch(request.clone()).await.unwrap().into_inner(), client));
+        }
+        let start = Instant::now();
+        while gauge(&server, "capsieve_queue_depth") > 0.0 && start.elapsed() < Duration::from_secs(20) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(gauge(&server, "capsieve_calls_in_flight"), 3.0, "they are computed, and not over");
+        let mut client = server.client().await;
+        let refused = call(&mut client, of_pairs(&pairs(2, 0))).await;
+        assert_eq!(refused.status().code(), Code::ResourceExhausted, "{:?}", refused.end);
+        comes_to_rest(&server);
+        assert_eq!(call(&mut client, of_pairs(&pairs(2, 0))).await.entries().len(), 2);
+        for (mut stream, _client) in unread {
+            let status = loop {
+                match stream.message().await {
+                    Ok(Some(message)) => assert!(!matches!(message.event, Some(Event::Summary(_)))),
+                    Ok(None) => panic!("a stream without its end looks done"),
+                    Err(status) => break status,
+                }
+            };
+            assert_eq!(status.get_details_error_info().unwrap().reason, "CLIENT_STALLED", "{status:?}");
+        }
+    });
+}
+
+/// A small call beside giants of every kind, which are still there when it is done.
+#[test]
+fn ten_pairs_do_not_wait_for_giants() {
+    let shards = Shards::new(&[]);
+    let captions = |_: usize| Some((0..4000).map(|i| Some(format!("a caption of some words, number {i}"))).collect());
+    let rows: Vec<_> = (0..60).map(|row| (Some(picture(row as u64)), captions(row))).collect();
+    write_parquet(&shards.path("in/captions.parquet"), &list_shard(&rows), 60);
+    let bomb = png(&RgbImage { width: 6000, height: 6000, pixels: vec![128; 108_000_000] });
+    let bombs: Vec<_> = (0..12).map(|row| (Some(bomb.clone()), Some(format!("bomb {row}")))).collect();
+    let arguments = ["--allow-uri", &shards.root(), "--metrics-listen", "127.0.0.1:0", "--threads", "2"];
+    let server = Server::start(&arguments);
+    let giants = [of_shards(&[shards.text("in/captions.parquet")]), of_pairs(&bombs)];
+    wait(async {
+        let mut running = tokio::task::JoinSet::new();
+        for i in 0..16 {
+            let (mut client, giant) = (server.client().await, giants[i % 2].clone());
+            running.spawn(async move { call(&mut client, giant).await });
+        }
+        while gauge(&server, "capsieve_calls_in_flight") < 16.0 {
+            assert!(running.try_join_next().is_none(), "none of them is refused");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let mut client = server.client().await;
+        for _ in 0..3 {
+            assert_eq!(call(&mut client, of_pairs(&pairs(10, 0))).await.entries().len(), 10);
+        }
+        assert_eq!(gauge(&server, "capsieve_calls_in_flight"), 16.0, "the giants are all still there");
     });
 }
 

@@ -4,14 +4,18 @@ use std::sync::Arc;
 
 use arrow::array::{
     Array, ArrayRef, BinaryArray, DictionaryArray, FixedSizeListArray, Int32Array, LargeListArray, LargeListViewArray,
-    LargeStringArray, ListArray, ListViewArray, StringArray, StringViewArray, StructArray,
+    LargeStringArray, ListArray, ListViewArray, RecordBatch, StringArray, StringViewArray, StructArray,
 };
 use arrow::buffer::{NullBuffer, OffsetBuffer, ScalarBuffer};
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Field, Fields, Int8Type, Schema};
-use capsieve_store::{CaptionCell, CaptionKind, ColumnOptions, Columns, Error, ImageCell, ImageKind, rows};
+use capsieve_store::{
+    CaptionCell, CaptionKind, ColumnOptions, Columns, Error, ImageCell, ImageKind, Location, ShardReader, key_texts,
+    rows,
+};
 
-use super::batch;
+use super::{batch, wait};
+use crate::support::write_parquet;
 
 fn schema(columns: &[(&str, DataType)]) -> Schema {
     Schema::new(columns.iter().map(|(name, kind)| Field::new(*name, kind.clone(), true)).collect::<Fields>())
@@ -274,4 +278,51 @@ fn columns_of_another_shard_are_refused() {
     let other = batch(vec![("jpg", numbers), ("text", texts)]);
     assert!(matches!(rows(&other, &columns), Err(Error::ForeignColumns)));
     assert!(matches!(rows(&good.project(&[0]).unwrap(), &columns), Err(Error::ForeignColumns)));
+}
+
+/// Columns before, between and behind those that are scored, nested ones among them, are not read and change nothing.
+#[test]
+fn narrowed_rows_are_the_same_rows() {
+    let (folder, count) = (tempfile::tempdir().unwrap(), 50);
+    let text =
+        |prefix: &str| Arc::new((0..count).map(|i| Some(format!("{prefix} {i}"))).collect::<StringArray>()) as ArrayRef;
+    let bytes: ArrayRef = Arc::new((0..count).map(|i| Some(vec![i as u8; 3])).collect::<BinaryArray>());
+    let field = |name: &str, kind| Arc::new(Field::new(name, kind, true));
+    let image = StructArray::from(vec![
+        (field("bytes", DataType::Binary), bytes),
+        (field("path", DataType::Utf8), text("path")),
+    ]);
+    let nested =
+        StructArray::from(vec![(field("a", DataType::Utf8), text("a")), (field("b", DataType::Utf8), text("b"))]);
+    let batch = RecordBatch::try_from_iter([
+        ("nested", Arc::new(nested) as ArrayRef),
+        ("caption", text("caption")),
+        ("other", text("other")),
+        ("image", Arc::new(image)),
+        ("key", text("key")),
+        ("last", text("last")),
+    ])
+    .unwrap();
+    let path = folder.path().join("a.parquet");
+    write_parquet(&path, &batch, 16);
+    let location = Location::parse(path.to_str().unwrap()).unwrap();
+    let reader = wait(ShardReader::open(&location, &ColumnOptions::default())).unwrap();
+    let narrow = reader.clone().narrowed();
+    assert!(narrow.reading_bytes(10) < reader.reading_bytes(10));
+    let read = |reader: ShardReader, first| {
+        let columns = reader.columns().clone();
+        let mut batches = reader.into_batches_from(first, 10);
+        let mut found = Vec::new();
+        while let Some(batch) = wait(batches.next()).unwrap() {
+            let keys = key_texts(batch.column(columns.key.unwrap()));
+            let rows = rows(&batch, &columns).unwrap().into_iter().map(|row| format!("{row:?}"));
+            found.extend(rows.zip(keys));
+        }
+        found
+    };
+    for first in [0, 17, 50] {
+        let rows = read(narrow.clone(), first);
+        assert_eq!(rows.len() as u64, 50 - first);
+        assert_eq!(rows, read(reader.clone(), first));
+    }
 }
