@@ -9,6 +9,7 @@ mod security;
 mod server;
 #[cfg(unix)]
 mod sinks;
+mod strangers;
 mod stress;
 mod submit;
 mod tls;

@@ -2,8 +2,12 @@
 //!
 //! Keep-alive pings are no sign of that: whoever holds a connection open for nothing answers them as well.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
+
+use futures::task::AtomicWaker;
 
 /// Requests of a connection without a token that are answered at a time: health checks, where they are open.
 const STRANGERS_MAX: usize = 8;
@@ -25,6 +29,10 @@ pub(crate) struct Activity {
     patience: Patience,
     opened: Instant,
     seen: Mutex<Seen>,
+    /// Its place went to another connection.
+    given_up: AtomicBool,
+    /// Of the task that has the connection.
+    waker: AtomicWaker,
 }
 
 #[derive(Debug)]
@@ -39,7 +47,8 @@ impl Activity {
     pub(crate) fn new(patience: Patience) -> Arc<Self> {
         let opened = Instant::now();
         let seen = Seen { accepted: false, in_flight: 0, strangers: 0, last: opened };
-        Arc::new(Self { patience, opened, seen: Mutex::new(seen) })
+        let (given_up, waker) = (AtomicBool::new(false), AtomicWaker::new());
+        Arc::new(Self { patience, opened, seen: Mutex::new(seen), given_up, waker })
     }
 
     /// A request of somebody who may call; it is in flight until the guard is dropped.
@@ -59,6 +68,29 @@ impl Activity {
         }
         seen.strangers += 1;
         Some(InFlight { activity: Arc::clone(self), stranger: true })
+    }
+
+    /// Gives the connection up unless a request of it was accepted; says whether it does. [`Self::close`] comes next.
+    pub(crate) fn give_up(&self) -> bool {
+        let seen = self.seen();
+        self.given_up.fetch_or(!seen.accepted, Ordering::AcqRel);
+        !seen.accepted
+    }
+
+    /// Tells the task of a connection that was given up.
+    pub(crate) fn close(&self) {
+        self.waker.wake();
+    }
+
+    /// Whether the connection is to be closed for another one.
+    pub(crate) fn given_up(&self) -> bool {
+        self.given_up.load(Ordering::Acquire)
+    }
+
+    /// The same; if not, the task is woken when it is.
+    pub(crate) fn poll_given_up(&self, context: &Context<'_>) -> Poll<()> {
+        self.waker.register(context.waker());
+        if self.given_up() { Poll::Ready(()) } else { Poll::Pending }
     }
 
     /// When the connection must be looked at again; none: it is to be closed.

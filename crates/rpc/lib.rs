@@ -19,6 +19,7 @@ mod deadline;
 mod gate;
 mod listener;
 mod metrics;
+mod places;
 mod request;
 mod serve;
 mod service;
