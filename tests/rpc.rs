@@ -4,6 +4,7 @@ mod calls;
 mod limits;
 mod operations;
 mod perimeter;
+mod refusals;
 mod resume;
 mod security;
 mod server;

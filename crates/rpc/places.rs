@@ -88,7 +88,7 @@ mod tests {
     use futures::FutureExt;
 
     use super::*;
-    use crate::activity::Patience;
+    use crate::activity::{Kind, Patience};
 
     fn activity() -> Arc<Activity> {
         let long = Duration::from_secs(600);
@@ -101,14 +101,14 @@ mod tests {
         let all = [(); 3].map(|()| activity());
         let mut held = all.each_ref().map(|one| Some(places.take(one).now_or_never().unwrap()));
         // The first is proven, so the second goes.
-        drop(all[0].accept());
+        drop(all[0].accept(Kind::Other));
         let (fourth, fifth) = (activity(), activity());
         let fourth_place = places.take(&fourth).now_or_never().unwrap();
         assert_eq!(all.each_ref().map(|one| one.given_up()), [false, true, false]);
         // What it gives back later is not its own any more.
         held[1] = None;
         for one in [&all[2], &fourth] {
-            drop(one.accept());
+            drop(one.accept(Kind::Other));
         }
         assert!(places.take(&fifth).now_or_never().is_none(), "all have made a request");
         drop(fourth_place);

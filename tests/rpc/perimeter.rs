@@ -46,11 +46,16 @@ pub(super) fn framed(message: &[u8]) -> Vec<u8> {
     [&[0][..], &length, message].concat()
 }
 
-/// The status that a request gets before any message.
-pub(super) async fn ask(mut channel: Channel, path: &str, body: Body) -> Status {
+/// The answer to a request.
+pub(super) async fn open(mut channel: Channel, path: &str, body: Body) -> http::Response<Body> {
     let request = http::Request::post(format!("http://localhost{path}")).header("te", "trailers");
     let request = request.header("content-type", "application/grpc").body(body).unwrap();
-    let answer = channel.ready().await.unwrap().call(request).await.unwrap();
+    channel.ready().await.unwrap().call(request).await.unwrap()
+}
+
+/// The status that a request gets before any message.
+pub(super) async fn ask(channel: Channel, path: &str, body: Body) -> Status {
+    let answer = open(channel, path, body).await;
     Status::from_header_map(answer.headers()).unwrap_or_else(|| panic!("an answer: {answer:?}"))
 }
 
