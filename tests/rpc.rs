@@ -4,11 +4,13 @@ mod calls;
 mod limits;
 mod operations;
 mod perimeter;
+mod refusals;
 mod resume;
 mod security;
 mod server;
 #[cfg(unix)]
 mod sinks;
+mod strangers;
 mod stress;
 mod submit;
 mod tls;

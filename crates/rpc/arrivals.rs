@@ -1,7 +1,8 @@
-//! Requests that are arriving, apart from the calls that run: so many, and so many bytes. Beyond that the one that has been
-//! arriving longest is given up, so that requests which are begun and never finished cannot keep others out.
+//! Requests that are arriving, apart from the calls that run: so many, and so many bytes. Beyond that one is given up, of the
+//! connection that has most of what is short the one that has been arriving longest: requests which are begun and never
+//! finished keep out their own client's, not another's.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 
@@ -18,11 +19,20 @@ struct Now {
     /// By their order.
     requests: BTreeMap<u64, One>,
     begun: u64,
+    all: Share,
+    /// Of each connection that has any.
+    shares: HashMap<u64, Share>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Share {
+    requests: usize,
     bytes: usize,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct One {
+    connection: u64,
     bytes: usize,
     /// Of the task that waits for more of it.
     waker: Option<Waker>,
@@ -34,21 +44,29 @@ impl Arrivals {
         Arc::new(Self { requests_max, bytes_max, now: Mutex::default() })
     }
 
-    /// Another one begins.
-    pub(crate) fn begin(self: &Arc<Self>) -> Arriving {
+    /// Another one of a connection begins.
+    pub(crate) fn begin(self: &Arc<Self>, connection: u64) -> Arriving {
         let mut now = self.now();
         let number = now.begun;
         now.begun += 1;
-        now.requests.insert(number, One::default());
+        now.requests.insert(number, One { connection, bytes: 0, waker: None });
+        now.shares.entry(connection).or_default().requests += 1;
+        now.all.requests += 1;
         self.make_room(now);
         Arriving { arrivals: Arc::clone(self), number }
     }
 
     fn make_room(&self, mut now: MutexGuard<'_, Now>) {
         let mut given_up = Vec::new();
-        while now.requests.len() > self.requests_max || now.bytes > self.bytes_max {
-            let Some((_, longest)) = now.requests.pop_first() else { break };
-            now.bytes -= longest.bytes;
+        loop {
+            let longest = if now.all.requests > self.requests_max {
+                now.longest(|share| share.requests)
+            } else if now.all.bytes > self.bytes_max {
+                now.longest(|share| share.bytes)
+            } else {
+                break;
+            };
+            let Some(longest) = longest.and_then(|number| now.remove(number)) else { break };
             given_up.extend(longest.waker);
         }
         drop(now);
@@ -57,6 +75,29 @@ impl Arrivals {
 
     fn now(&self) -> MutexGuard<'_, Now> {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Now {
+    /// The one that has been arriving longest of the connections that have most.
+    fn longest(&self, of: impl Fn(&Share) -> usize) -> Option<u64> {
+        let most = self.shares.values().map(&of).max()?;
+        let has_most = |one: &One| self.shares.get(&one.connection).is_some_and(|share| of(share) == most);
+        self.requests.iter().find(|(_, one)| has_most(one)).map(|(number, _)| *number)
+    }
+
+    fn remove(&mut self, number: u64) -> Option<One> {
+        let one = self.requests.remove(&number)?;
+        let less = |share: &mut Share| {
+            share.requests -= 1;
+            share.bytes -= one.bytes;
+            share.requests == 0
+        };
+        less(&mut self.all);
+        if self.shares.get_mut(&one.connection).is_some_and(less) {
+            self.shares.remove(&one.connection);
+        }
+        Some(one)
     }
 }
 
@@ -84,7 +125,9 @@ impl Arriving {
         let mut now = self.arrivals.now();
         if let Some(one) = now.requests.get_mut(&self.number) {
             one.bytes += bytes;
-            now.bytes += bytes;
+            let connection = one.connection;
+            now.shares.entry(connection).or_default().bytes += bytes;
+            now.all.bytes += bytes;
         }
         self.arrivals.make_room(now);
     }
@@ -93,8 +136,7 @@ impl Arriving {
 impl Drop for Arriving {
     fn drop(&mut self) {
         let mut now = self.arrivals.now();
-        let one = now.requests.remove(&self.number);
-        now.bytes -= one.as_ref().map_or(0, |one| one.bytes);
+        let one = now.remove(self.number);
         drop(now);
         drop(one);
     }
@@ -121,9 +163,9 @@ mod tests {
         let arrivals = Arrivals::new(2, 100);
         let woken = Arc::new(Count::default());
         let (waker, idle) = (Waker::from(Arc::clone(&woken)), Waker::noop());
-        let (first, second) = (arrivals.begin(), arrivals.begin());
+        let (first, second) = (arrivals.begin(0), arrivals.begin(0));
         assert!(!first.given_up(&waker) && !second.given_up(idle));
-        let third = arrivals.begin();
+        let third = arrivals.begin(0);
         assert!(first.given_up(idle) && !second.given_up(idle) && !third.given_up(idle));
         assert_eq!(woken.0.load(Ordering::SeqCst), 1);
         // What it had, and still sends, is not counted any more.
@@ -136,18 +178,44 @@ mod tests {
         assert!(!second.given_up(idle));
         third.add(1);
         assert!(second.given_up(idle) && !third.given_up(idle));
-        assert_eq!(arrivals.now().bytes, 41);
+        assert_eq!(arrivals.now().all, Share { requests: 1, bytes: 41 });
         drop((second, third));
         let now = arrivals.now();
-        assert_eq!((now.bytes, now.requests.len()), (0, 0));
+        assert_eq!((now.all, now.requests.len(), now.shares.len()), (Share::default(), 0, 0));
+    }
+
+    #[test]
+    fn of_the_connection_that_has_most() {
+        let arrivals = Arrivals::new(4, 100);
+        let begin = |connection: u64, bytes: usize| {
+            let one = arrivals.begin(connection);
+            one.add(bytes);
+            one
+        };
+        let idle = Waker::noop();
+        // Slow and honest, and then a flood that never ends.
+        let honest = begin(1, 60);
+        let mut flood: Vec<Arriving> = (0..100).map(|_| begin(2, 1)).collect();
+        assert!(!honest.given_up(idle));
+        assert_eq!(flood.iter().filter(|one| !one.given_up(idle)).count(), 3, "the last ones are there");
+        assert!(!flood[99].given_up(idle));
+        // By bytes it is another one's turn, though it has fewer requests.
+        let large = begin(3, 0);
+        large.add(70);
+        assert!(large.given_up(idle) && !honest.given_up(idle) && !flood[99].given_up(idle));
+        // Where all have the same, the longest.
+        flood.drain(..99);
+        let others = [4, 5].map(|connection| begin(connection, 0));
+        let last = begin(6, 0);
+        assert!(honest.given_up(idle) && !others[0].given_up(idle) && !last.given_up(idle));
     }
 
     #[test]
     fn one_that_is_too_large_for_all_is_given_up_itself() {
         let arrivals = Arrivals::new(2, 100);
-        let one = arrivals.begin();
+        let one = arrivals.begin(0);
         one.add(101);
         assert!(one.given_up(Waker::noop()));
-        assert_eq!(arrivals.now().bytes, 0);
+        assert_eq!(arrivals.now().all, Share::default());
     }
 }

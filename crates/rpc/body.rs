@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http_body::{Body as _, Frame, SizeHint};
-use tokio::sync::OwnedSemaphorePermit;
 use tonic::body::Body;
 use tonic::{Code, Status};
 
@@ -18,24 +17,14 @@ use crate::status;
 /// Bytes before a message: whether it is compressed, and its length.
 pub(crate) const MESSAGE_HEAD_BYTES: usize = 5;
 
-/// What a request takes while it arrives.
-pub(crate) enum Room {
-    /// One of the places for small requests.
-    #[expect(dead_code, reason = "it is held, and given back when it is dropped")]
-    Small(OwnedSemaphorePermit),
-    /// A part of what calls may bring.
-    Call(Arriving),
-    /// Nothing that others could need.
-    None,
-}
-
 /// A body that must be here in time, and no larger than this.
 pub(crate) struct LimitedBody {
     body: Body,
     late: Pin<Box<tokio::time::Sleep>>,
     bytes_max: usize,
     left: usize,
-    room: Room,
+    /// Of a call: its part of what they may bring.
+    arriving: Option<Arriving>,
     /// What is here of a call's request. It is given on as a whole: once decompressed and decoded it may be larger by far,
     /// and by then it must have a place. Copied, for small frames would keep the larger buffers alive that they came in.
     here: BytesMut,
@@ -43,18 +32,18 @@ pub(crate) struct LimitedBody {
 }
 
 impl LimitedBody {
-    /// Limits `body` to `bytes_max`; it holds `room` until it is here.
-    pub(crate) fn new(body: Body, timeout: Duration, bytes_max: usize, room: Room) -> Self {
+    /// Limits `body` to `bytes_max`; a call's is one of those that are `arriving` until it is here.
+    pub(crate) fn new(body: Body, timeout: Duration, bytes_max: usize, arriving: Option<Arriving>) -> Self {
         let late = Box::pin(tokio::time::sleep(timeout));
         // What clients are told of calls is the size of a message; of the others nobody needs to know it to the byte.
-        let left = if matches!(room, Room::Call(_)) { bytes_max + MESSAGE_HEAD_BYTES } else { bytes_max };
-        Self { body, late, bytes_max, left, room, here: BytesMut::new(), over: false }
+        let left = if arriving.is_some() { bytes_max + MESSAGE_HEAD_BYTES } else { bytes_max };
+        Self { body, late, bytes_max, left, arriving, here: BytesMut::new(), over: false }
     }
 
     fn count(&mut self, data: &Bytes) -> Result<(), Status> {
         let why = || format!("the request is larger than {} bytes", self.bytes_max);
         self.left = self.left.checked_sub(data.len()).ok_or_else(|| status::too_large(why()))?;
-        if let Room::Call(arriving) = &self.room {
+        if let Some(arriving) = &self.arriving {
             arriving.add(data.len());
         }
         Ok(())
@@ -70,10 +59,10 @@ impl LimitedBody {
             // Requests of gRPC have no trailers.
             let Ok(data) = frame.into_data() else { continue };
             self.count(&data)?;
-            match self.room {
-                Room::Call(_) => self.here.extend_from_slice(&data),
-                Room::Small(_) | Room::None => return Poll::Ready(Some(Ok(data))),
+            if self.arriving.is_none() {
+                return Poll::Ready(Some(Ok(data)));
             }
+            self.here.extend_from_slice(&data);
         }
         Poll::Ready((!self.here.is_empty()).then(|| Ok(std::mem::take(&mut self.here).freeze())))
     }
@@ -84,7 +73,7 @@ impl http_body::Body for LimitedBody {
     type Error = Status;
 
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        if let Room::Call(arriving) = &self.room
+        if let Some(arriving) = &self.arriving
             && arriving.given_up(context.waker())
         {
             let why = "too many requests are arriving, and this one has been for longest";

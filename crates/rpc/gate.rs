@@ -15,9 +15,9 @@ use tonic::body::Body;
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 
-use crate::activity::{Activity, InFlight};
-use crate::arrivals::Arrivals;
-use crate::body::{AnswerBody, LimitedBody, Room};
+use crate::activity::{Activity, InFlight, Kind};
+use crate::arrivals::{Arrivals, Arriving};
+use crate::body::{AnswerBody, LimitedBody};
 use crate::deadline;
 use crate::serve::Phase;
 use crate::status;
@@ -25,12 +25,13 @@ use crate::tokens::Tokens;
 
 const SCORE_BATCH: &str = "/capsieve.v1.ScoringService/ScoreBatch";
 const HEALTH: &str = "/grpc.health.v1.Health/";
-/// Time and bytes for requests of every other method: names and addresses.
-const SMALL_TIMEOUT: Duration = Duration::from_secs(30);
-const SMALL_BYTES_MAX: usize = 64 << 10;
-/// The same for health checks without a token: the name of a service.
-const STRANGER_TIMEOUT: Duration = Duration::from_secs(5);
-const STRANGER_BYTES_MAX: usize = 1 << 10;
+const REFLECTION: &str = "/grpc.reflection.";
+/// Time and bytes for requests of every other method: at most the name of a service.
+const SMALL_TIMEOUT: Duration = Duration::from_secs(5);
+const SMALL_BYTES_MAX: usize = 1 << 10;
+/// The same for reflection: a stream of questions, of a person too.
+const REFLECTION_TIMEOUT: Duration = Duration::from_secs(30);
+const REFLECTION_BYTES_MAX: usize = 64 << 10;
 
 /// A place that a call takes, until it is dropped.
 #[derive(Debug)]
@@ -95,8 +96,6 @@ pub(crate) struct Gate {
     pub(crate) open_health: bool,
     pub(crate) admission: Admission,
     pub(crate) arrivals: Arc<Arrivals>,
-    /// Requests of other methods that are arriving.
-    pub(crate) small: Arc<Semaphore>,
     /// A call's request must have arrived by then, and be no larger.
     pub(crate) request_timeout: Duration,
     pub(crate) message_bytes: usize,
@@ -104,37 +103,50 @@ pub(crate) struct Gate {
 
 impl Gate {
     fn admit(&self, request: &mut Request<Body>) -> Result<Option<InFlight>, Status> {
-        let path = request.uri().path();
+        let kind = kind(request.uri().path());
+        let call = request.uri().path() == SCORE_BATCH;
         let activity = request.extensions().get::<Arc<Activity>>();
         let known = |tokens: &Arc<Tokens>| tokens.accept(request.headers().get(http::header::AUTHORIZATION));
         if !self.tokens.as_ref().is_none_or(known) {
-            if !(self.open_health && path.starts_with(HEALTH)) {
+            if !(self.open_health && kind == Kind::Health) {
                 let why = "a valid bearer token is required";
                 return Err(status::with_reason(Code::Unauthenticated, "TOKEN_REQUIRED", why));
             }
-            let in_flight = activity.and_then(Activity::accept_stranger);
-            let why = "the connection has as many health checks as it may";
-            let in_flight = in_flight.ok_or_else(|| status::exhausted(why))?;
-            limit(request, STRANGER_TIMEOUT, STRANGER_BYTES_MAX, Room::None);
-            return Ok(Some(in_flight));
+            let in_flight = activity.map(|activity| activity.accept_stranger(kind).ok_or_else(few)).transpose()?;
+            limit(request, SMALL_TIMEOUT, SMALL_BYTES_MAX, None);
+            return Ok(in_flight);
         }
-        let in_flight = activity.map(Activity::accept);
-        if path == SCORE_BATCH {
+        let in_flight = activity.map(|activity| activity.accept(kind).ok_or_else(few)).transpose()?;
+        if call {
             self.admission.let_in()?;
+            let connection = activity.map_or(u64::MAX, |activity| activity.number());
+            let arriving = self.arrivals.begin(connection);
             // tonic looks at the size again after decompression.
-            limit(request, self.request_timeout, self.message_bytes, Room::Call(self.arrivals.begin()));
+            limit(request, self.request_timeout, self.message_bytes, Some(arriving));
+        } else if kind == Kind::Reflection {
+            limit(request, REFLECTION_TIMEOUT, REFLECTION_BYTES_MAX, None);
         } else {
-            let why = "the worker answers as many small requests as it takes";
-            let room = Arc::clone(&self.small).try_acquire_owned().map_err(|_| status::exhausted(why))?;
-            limit(request, SMALL_TIMEOUT, SMALL_BYTES_MAX, Room::Small(room));
+            limit(request, SMALL_TIMEOUT, SMALL_BYTES_MAX, None);
         }
         Ok(in_flight)
     }
 }
 
-fn limit(request: &mut Request<Body>, timeout: Duration, bytes: usize, room: Room) {
+fn kind(path: &str) -> Kind {
+    match path {
+        health if health.starts_with(HEALTH) => Kind::Health,
+        reflection if reflection.starts_with(REFLECTION) => Kind::Reflection,
+        _ => Kind::Other,
+    }
+}
+
+fn few() -> Status {
+    status::exhausted("the connection has as many health checks, or streams of reflection, as it may")
+}
+
+fn limit(request: &mut Request<Body>, timeout: Duration, bytes: usize, arriving: Option<Arriving>) {
     let body = std::mem::take(request.body_mut());
-    *request.body_mut() = Body::new(LimitedBody::new(body, timeout, bytes, room));
+    *request.body_mut() = Body::new(LimitedBody::new(body, timeout, bytes, arriving));
 }
 
 impl<S> Layer<S> for Gate {

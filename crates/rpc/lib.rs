@@ -20,6 +20,7 @@ mod gate;
 mod listener;
 mod metrics;
 mod outbox;
+mod places;
 mod request;
 mod serve;
 mod service;

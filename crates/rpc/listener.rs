@@ -1,6 +1,6 @@
 //! Connections: accepted up to a limit, and handed on once they have shown that a client is there: a finished TLS handshake,
 //! and the opening bytes of HTTP/2 where that is spoken. What says nothing in time is closed, and so is what stays for
-//! nothing later on, see [`crate::activity`].
+//! nothing later on, see [`crate::activity`], or is in the way of others, see [`crate::places`].
 
 use std::io;
 use std::pin::Pin;
@@ -11,12 +11,12 @@ use std::time::Instant;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
 use crate::activity::{Activity, Patience};
+use crate::places::{Place, Places};
 use crate::tls::{Protocol, Tls};
 
 /// What every HTTP/2 client sends first.
@@ -46,7 +46,7 @@ pub(crate) struct Connection {
     /// Until the next look at it.
     look: Pin<Box<Sleep>>,
     over: bool,
-    _room: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 impl Connected for Connection {
@@ -63,10 +63,9 @@ pub(crate) fn accept(
     port: Port,
 ) -> (tokio::task::JoinHandle<()>, ReceiverStream<io::Result<Connection>>) {
     let (ready, receiver): (Sender<io::Result<Connection>>, Receiver<_>) = channel(16);
-    let room = Arc::new(Semaphore::new(port.connections));
+    let places = Places::new(port.connections);
     let accepting = tokio::spawn(async move {
         loop {
-            let Ok(room) = Arc::clone(&room).acquire_owned().await else { return };
             let (stream, _) = match listener.accept().await {
                 Ok(accepted) => accepted,
                 Err(error) => {
@@ -75,22 +74,33 @@ pub(crate) fn accept(
                     continue;
                 }
             };
+            let activity = Activity::new(port.patience);
+            let place = places.take(&activity).await;
             let (port, ready) = (port.clone(), ready.clone());
             tokio::spawn(async move {
-                let activity = Activity::new(port.patience);
-                match tokio::time::timeout(port.patience.first, open(stream, &port)).await {
-                    Ok(Ok((io, preface))) => {
+                match opened(stream, &port, &activity).await {
+                    Ok((io, preface)) => {
                         let look = Box::pin(tokio::time::sleep(std::time::Duration::ZERO));
-                        let connection = Connection { io, preface, activity, look, over: false, _room: room };
+                        let connection = Connection { io, preface, activity, look, over: false, _place: place };
                         drop(ready.send(Ok(connection)).await);
                     }
-                    Ok(Err(error)) => tracing::debug!("a connection was closed: {error}"),
-                    Err(_) => tracing::debug!("a connection was closed: it said nothing in time"),
+                    Err(error) => tracing::debug!("a connection was closed: {error}"),
                 }
             });
         }
     });
     (accepting, ReceiverStream::new(receiver))
+}
+
+/// [`open`] in time, and while nobody else needs the place.
+async fn opened(stream: TcpStream, port: &Port, activity: &Activity) -> io::Result<(Box<dyn Io>, &'static [u8])> {
+    let given_up = std::future::poll_fn(|context| activity.poll_given_up(context));
+    tokio::select! {
+        opened = tokio::time::timeout(port.patience.first, open(stream, port)) => {
+            opened.unwrap_or_else(|_| Err(io::Error::other("it said nothing in time")))
+        }
+        () = given_up => Err(io::Error::other("it made no request, and another one came")),
+    }
 }
 
 /// The stream of a client, and what of it was read already.
@@ -132,6 +142,7 @@ impl Connection {
 
     /// Whether the connection has been there for nothing for too long; if not, the task is woken for the next look.
     fn over(&mut self, context: &mut Context<'_>) -> bool {
+        self.over |= self.activity.poll_given_up(context).is_ready();
         while !self.over && self.look.as_mut().poll(context).is_ready() {
             match self.activity.next_look(Instant::now()) {
                 Some(at) => self.look.as_mut().reset(at.into()),

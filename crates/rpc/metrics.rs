@@ -17,7 +17,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::activity::{Activity, Patience};
+use crate::activity::{Activity, Kind, Patience};
 use crate::listener::{self, Connection, Port};
 use crate::serve::ServeError;
 use crate::tls::{Protocol, Tls};
@@ -124,7 +124,7 @@ async fn answer(
     if !endpoint.tokens.as_ref().is_none_or(known) {
         return Err(StatusCode::UNAUTHORIZED);
     }
-    drop(client.0.accept());
+    drop(client.0.accept(Kind::Other));
     Ok(([(header::CONTENT_TYPE, CONTENT_TYPE)], endpoint.metrics.render()))
 }
 

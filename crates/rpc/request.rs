@@ -16,6 +16,8 @@ const URIS_MAX: usize = capsieve_worker::limits::SHARDS_MAX;
 const TOKENS_MAX: usize = capsieve_worker::limits::SHARDS_MAX;
 /// Bytes of a URI at most.
 const URI_BYTES_MAX: usize = 4096;
+/// Bytes of a column's name at most.
+const COLUMN_BYTES_MAX: usize = 1024;
 
 /// The worker's form of a request. `all` are the heads that an empty list means.
 pub(crate) fn convert(request: v1::ScoreBatchRequest, all: Heads) -> Result<CallRequest, Status> {
@@ -120,6 +122,11 @@ fn shards(given: v1::ParquetShards) -> Result<Source, Status> {
     }
     let name = |name: String| (!name.is_empty()).then_some(name);
     let v1::ColumnMapping { image, caption, key } = given.columns.unwrap_or_default();
+    for (field, name) in [("image", &image), ("caption", &caption), ("key", &key)] {
+        if name.len() > COLUMN_BYTES_MAX {
+            return Err(bad_field(&format!("shards.columns.{field}"), format!("at most {COLUMN_BYTES_MAX} bytes")));
+        }
+    }
     let columns = ColumnOptions { image: name(image), caption: name(caption), key: name(key) };
     let tokens = given.resume_tokens.into_iter().map(Vec::from).collect();
     Ok(Source::Shards { uris: given.uris, columns, tokens })

@@ -34,8 +34,6 @@ use crate::v1::scoring_service_server::ScoringServiceServer;
 const SERVICE: &str = "capsieve.v1.ScoringService";
 /// Streams of a connection: more calls than a worker takes would be refused anyway.
 const STREAMS_MAX: u32 = 256;
-/// Requests of the small methods that arrive at a time.
-const SMALL_REQUESTS_MAX: usize = 256;
 /// Requests of calls that arrive at a time, for each call that may run.
 const ARRIVING_PER_CALL: usize = 4;
 /// Bytes of a request's headers.
@@ -231,7 +229,6 @@ fn gate(limits: &Limits, tokens: Option<Arc<Tokens>>, open_health: bool, admissi
         open_health,
         admission,
         arrivals: Arrivals::new(arriving, bytes),
-        small: Arc::new(Semaphore::new(SMALL_REQUESTS_MAX)),
         request_timeout: limits.request_timeout,
         message_bytes: limits.message_bytes,
     }

@@ -9,6 +9,11 @@ use tonic_types::{ErrorDetails, StatusExt};
 
 /// Of every ErrorInfo.
 pub const DOMAIN: &str = "capsieve";
+/// Bytes of a status's message, and of what it says about a field, at most. Both travel in a header, the message twice and
+/// once with up to three bytes for each of its own; clients give up on headers of more than 8 KiB (grpcio on 16).
+const WORDS_BYTES_MAX: usize = 1024;
+/// Where words were left out.
+const CUT: &str = "\u{2026}";
 /// When a worker that has no room may be asked again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -17,9 +22,9 @@ pub fn of(error: &Error) -> Status {
     let (code, reason) = code(error);
     let mut details = reasoned(reason);
     if let (Code::InvalidArgument, Some(field)) = (code, field(error)) {
-        details.add_bad_request_violation(field, chain(error));
+        details.add_bad_request_violation(field, cut(chain(error)));
     }
-    Status::with_error_details(code, chain(error), details)
+    Status::with_error_details(code, cut(chain(error)), details)
 }
 
 /// The field of the request that an error is about.
@@ -92,9 +97,9 @@ fn of_store(error: &StoreError) -> (Code, &'static str) {
 
 /// A field of the request that cannot be.
 pub(crate) fn bad_field(field: &str, why: impl Into<String>) -> Status {
-    let why = why.into();
+    let why = cut(why.into());
     let details = ErrorDetails::with_bad_request_violation(field, why.clone());
-    Status::with_error_details(Code::InvalidArgument, format!("{field}: {why}"), details)
+    Status::with_error_details(Code::InvalidArgument, cut(format!("{field}: {why}")), details)
 }
 
 /// No room for another call.
@@ -110,7 +115,7 @@ pub(crate) fn too_large(why: impl Into<String>) -> Status {
 
 /// A status with a reason that programs can tell apart.
 pub(crate) fn with_reason(code: Code, reason: &str, why: impl Into<String>) -> Status {
-    Status::with_error_details(code, why, reasoned(reason))
+    Status::with_error_details(code, cut(why.into()), reasoned(reason))
 }
 
 /// A call whose deadline passed.
@@ -134,4 +139,44 @@ fn chain(error: &dyn std::error::Error) -> String {
         source = inner.source();
     }
     text.replace(['\n', '\r'], " ")
+}
+
+/// Words as a header takes them. Their middle is left out: what failed is said first, and why at the end.
+fn cut(mut words: String) -> String {
+    if words.len() > WORDS_BYTES_MAX {
+        let half = (WORDS_BYTES_MAX - CUT.len()) / 2;
+        let (start, end) = (words.floor_char_boundary(half), words.ceil_char_boundary(words.len() - half));
+        words.replace_range(start..end, CUT);
+    }
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_words_fit_a_header() {
+        // One byte that becomes three, and characters of two, three and four bytes.
+        for (letter, offset) in [("%", ""), ("\u{e9}", "a"), ("\u{732b}", "ab"), ("\u{1f431}", "abc")] {
+            let name = format!("{offset}{}", letter.repeat(5000));
+            let error = StoreError::NotAllowed { uri: name.clone() };
+            for status in [
+                of(&Error::SinkUri(Box::new(error))),
+                bad_field("pairs.items[16383].image_uri", name.clone()),
+                with_reason(Code::Aborted, "ROW_FAILED", name.clone()),
+            ] {
+                let status = for_request(status, &"\u{e9}".repeat(128));
+                let mut headers = http::HeaderMap::new();
+                status.add_header(&mut headers).unwrap();
+                let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+                assert!(bytes < 8 << 10, "{bytes} bytes of {letter}");
+                assert!(status.message().contains(CUT) && status.message().len() <= WORDS_BYTES_MAX);
+            }
+        }
+        let most = "x".repeat(WORDS_BYTES_MAX);
+        assert_eq!(cut(most.clone()), most);
+        let cut = cut(format!("first {most} last"));
+        assert!(cut.starts_with("first ") && cut.ends_with(" last") && cut.contains(CUT), "{cut}");
+    }
 }

@@ -118,7 +118,7 @@ mod tests {
         let reader = reader(&folder).await;
         let bytes = usize::try_from(reader.reading_bytes(CHUNK_ROWS)).unwrap();
         let budget = Budget::new(bytes + 3 * bytes / 4);
-        let all = budget.free();
+        let free = budget.free();
         for first in [0, 1, 45, reader.rows()] {
             let rows = || ShardRows::new(reader.clone(), first, &budget).unwrap();
             let whole = all(&mut rows(), false).await;
@@ -129,7 +129,7 @@ mod tests {
             let join = |batches: &[RecordBatch]| arrow_select::concat::concat_batches(schema, batches).unwrap();
             assert!(join(&whole) == join(&paused), "from row {first}");
         }
-        assert_eq!(budget.free(), all, "all is given back");
+        assert_eq!(budget.free(), free, "all is given back");
     }
 
     #[tokio::test]

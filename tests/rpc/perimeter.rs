@@ -23,39 +23,44 @@ use tower::{Service, ServiceExt};
 use super::limits::closed;
 use super::server::{Server, Shards, call, of_pairs, of_shards, pairs, wait};
 
-const SCORE_BATCH: &str = "/capsieve.v1.ScoringService/ScoreBatch";
-const MODEL_INFO: &str = "/capsieve.v1.ScoringService/GetModelInfo";
-const HEALTH_CHECK: &str = "/grpc.health.v1.Health/Check";
+pub(super) const SCORE_BATCH: &str = "/capsieve.v1.ScoringService/ScoreBatch";
+pub(super) const MODEL_INFO: &str = "/capsieve.v1.ScoringService/GetModelInfo";
+pub(super) const HEALTH_CHECK: &str = "/grpc.health.v1.Health/Check";
 /// What reading a message takes: the bytes as they come, and while the buffer grows. Measured: 60 MB for 16.
 const READING_BYTES: u64 = 128 << 20;
 
-async fn connect(server: &Server) -> Channel {
+pub(super) async fn connect(server: &Server) -> Channel {
     Channel::from_shared(server.endpoint()).unwrap().connect().await.unwrap()
 }
 
 /// A body of what is sent, open until the sender is dropped.
-fn body() -> (mpsc::UnboundedSender<Vec<u8>>, Body) {
+pub(super) fn body() -> (mpsc::UnboundedSender<Vec<u8>>, Body) {
     let (sender, sent) = mpsc::unbounded_channel();
     let frames = tokio_stream::wrappers::UnboundedReceiverStream::new(sent);
     (sender, Body::new(StreamBody::new(frames.map(|bytes: Vec<u8>| Ok::<_, Status>(Frame::data(bytes.into()))))))
 }
 
 /// A message as gRPC frames it.
-fn framed(message: &[u8]) -> Vec<u8> {
+pub(super) fn framed(message: &[u8]) -> Vec<u8> {
     let length = u32::try_from(message.len()).unwrap().to_be_bytes();
     [&[0][..], &length, message].concat()
 }
 
-/// The status that a request gets before any message.
-async fn ask(mut channel: Channel, path: &str, body: Body) -> Status {
+/// The answer to a request.
+pub(super) async fn open(mut channel: Channel, path: &str, body: Body) -> http::Response<Body> {
     let request = http::Request::post(format!("http://localhost{path}")).header("te", "trailers");
     let request = request.header("content-type", "application/grpc").body(body).unwrap();
-    let answer = channel.ready().await.unwrap().call(request).await.unwrap();
+    channel.ready().await.unwrap().call(request).await.unwrap()
+}
+
+/// The status that a request gets before any message.
+pub(super) async fn ask(channel: Channel, path: &str, body: Body) -> Status {
+    let answer = open(channel, path, body).await;
     Status::from_header_map(answer.headers()).unwrap_or_else(|| panic!("an answer: {answer:?}"))
 }
 
 /// Sends `start`, and then nothing.
-async fn half(channel: Channel, path: &'static str, start: Vec<u8>) -> Status {
+pub(super) async fn half(channel: Channel, path: &'static str, start: Vec<u8>) -> Status {
     let (sender, body) = body();
     sender.send(start).unwrap();
     ask(channel, path, body).await
@@ -74,7 +79,7 @@ async fn half_until(server: &Server, path: &str, deadline: &str) -> Status {
 }
 
 /// The head of a message, and a tenth of what it promises.
-fn beginning() -> Vec<u8> {
+pub(super) fn beginning() -> Vec<u8> {
     [&[0, 0, 0, 1, 0][..], &[10; 25]].concat()
 }
 
@@ -141,12 +146,12 @@ fn what_does_not_speak_http2_is_closed_at_once() {
 }
 
 /// A server that asks for the token "secret", but not for health checks.
-fn guarded(shards: &Shards, arguments: &[&str]) -> Server {
+pub(super) fn guarded(shards: &Shards, arguments: &[&str]) -> Server {
     std::fs::write(shards.path("tokens"), "secret\n").unwrap();
     Server::start(&[&["--token-file", &shards.text("tokens"), "--open-health"], arguments].concat())
 }
 
-fn trusted<T>(message: T) -> Request<T> {
+pub(super) fn trusted<T>(message: T) -> Request<T> {
     let mut request = Request::new(message);
     request.metadata_mut().insert("authorization", "Bearer secret".parse().unwrap());
     request
