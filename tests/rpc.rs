@@ -2,6 +2,7 @@
 
 mod calls;
 mod limits;
+mod names;
 mod operations;
 mod perimeter;
 mod refusals;

@@ -4,6 +4,7 @@
 mod columns;
 mod damage;
 mod hub;
+mod listing;
 mod location;
 mod output;
 

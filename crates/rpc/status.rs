@@ -34,7 +34,7 @@ fn field(error: &Error) -> Option<&'static str> {
         Error::Sink { .. } | Error::SinkUri(_) | Error::SinkInside { .. } | Error::SameObject { .. } => {
             Some("sink.uri")
         }
-        Error::TooManyShards { .. } | Error::Store(_) => Some("shards.uris"),
+        Error::Store(_) => Some("shards.uris"),
         _ => None,
     }
 }
@@ -57,7 +57,6 @@ fn code(error: &Error) -> (Code, &'static str) {
         Error::Sink { .. } | Error::SinkInside { .. } | Error::SameObject { .. } => {
             (Code::InvalidArgument, "SINK_INVALID")
         }
-        Error::TooManyShards { .. } => (Code::InvalidArgument, "TOO_MANY_SHARDS"),
         Error::RowGroup { .. } => (Code::FailedPrecondition, "ROW_GROUP_TOO_LARGE"),
         Error::Foreign { .. } => (Code::AlreadyExists, "OUTPUT_EXISTS"),
         Error::Row { .. } | Error::RowsFailed { .. } => (Code::Aborted, "ROW_FAILED"),
@@ -75,6 +74,7 @@ fn of_store(error: &StoreError) -> (Code, &'static str) {
         StoreError::Uri { .. } | StoreError::UnsupportedScheme { .. } | StoreError::Folder { .. } => {
             (Code::InvalidArgument, "URI_INVALID")
         }
+        StoreError::Unusable { .. } => (Code::FailedPrecondition, "PREFIX_UNUSABLE"),
         StoreError::TooManyShards { .. } => (Code::InvalidArgument, "TOO_MANY_SHARDS"),
         StoreError::ThresholdWithoutHead { .. } => (Code::InvalidArgument, "THRESHOLD_WITHOUT_HEAD"),
         StoreError::Exists { .. } => (Code::AlreadyExists, "OUTPUT_EXISTS"),

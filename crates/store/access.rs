@@ -63,47 +63,24 @@ impl Access {
         if self.folders.is_none() { found } else { self.check(found.map_err(|error| self.hidden(reference, error))?) }
     }
 
-    /// The shards that `uri` names: one, or every `*.parquet` below a prefix that ends in '/', in the order of their names.
+    /// The folder of a prefix that ends in '/', without links and dots.
     ///
     /// # Errors
-    /// As [`Self::open`]; a prefix without a shard or with more than `limit`.
-    pub async fn shards(&self, uri: &str, limit: usize) -> Result<Vec<Location>> {
-        let (access, name) = (self.clone(), uri.to_owned());
-        // Names are resolved link by link, with calls of the system that block.
-        let inside = blocking(move || match name.ends_with('/') {
-            true => access.inside(&name),
-            false => access.open(&name),
-        });
-        let inside = inside.await?;
-        if !uri.ends_with('/') {
-            return Ok(vec![inside]);
-        }
-        let (access, mut found) = (self.clone(), inside.siblings(limit + 1).await?);
-        let found = blocking(move || {
-            found.retain(|shard| access.check(shard.clone()).is_ok());
-            found
-        });
-        let found = found.await;
-        match found.len() {
-            0 => Err(Error::NoShards { uri: uri.to_owned() }),
-            count if count > limit => Err(Error::TooManyShards { uri: uri.to_owned(), limit }),
-            _ => Ok(found),
+    /// As [`Self::open`].
+    pub fn folder(&self, prefix: &str) -> Result<PathBuf> {
+        // Any name makes a location of a prefix; whether there is such a file does not matter.
+        let location = Location::parse(&format!("{prefix}shard.parquet"));
+        let Some(folders) = &self.folders else { return parent(&location?, prefix) };
+        let folder = parent(&location.map_err(|error| self.hidden(prefix, error))?, prefix)?;
+        let real = folder.canonicalize().unwrap_or(folder);
+        match folders.iter().any(|allowed| real.starts_with(allowed)) {
+            true => Ok(real),
+            false => Err(Error::NotAllowed { uri: prefix.to_owned() }),
         }
     }
 
-    /// Whether an object lies below a prefix that ends in '/', however both are spelt.
-    pub fn is_below(&self, object: &Location, prefix: &str) -> bool {
-        let inside = self.inside(prefix).ok();
-        let folder = inside.as_ref().and_then(Location::as_file).and_then(Path::parent);
-        object.as_file().zip(folder).is_some_and(|(file, folder)| file.starts_with(folder))
-    }
-
-    /// A name inside makes a location of a prefix.
-    fn inside(&self, prefix: &str) -> Result<Location> {
-        self.open(&format!("{prefix}shard.parquet"))
-    }
-
-    fn check(&self, location: Location) -> Result<Location> {
+    /// The object behind `location`, if it is allowed.
+    pub(crate) fn check(&self, location: Location) -> Result<Location> {
         let Some(folders) = &self.folders else { return Ok(location) };
         let denied = || Error::NotAllowed { uri: location.to_string() };
         let file = location.as_file().ok_or_else(denied)?;
@@ -114,7 +91,8 @@ impl Access {
         if !inside || !regular {
             return Err(denied());
         }
-        location.at_file(&real).ok_or_else(denied)
+        // A folder that is missed may be spelt so that another look at it leads elsewhere.
+        location.at_file(&real).filter(|found| found.as_file() == Some(&*real)).ok_or_else(denied)
     }
 
     /// Errors that say no more than the name itself does.
@@ -124,6 +102,11 @@ impl Access {
             _ => Error::NotAllowed { uri: uri.to_owned() },
         }
     }
+}
+
+fn parent(location: &Location, prefix: &str) -> Result<PathBuf> {
+    let folder = location.as_file().and_then(Path::parent).map(Path::to_owned);
+    folder.ok_or_else(|| Error::NoShards { uri: prefix.to_owned() })
 }
 
 fn folder(prefix: &str) -> Result<PathBuf> {
@@ -143,6 +126,6 @@ fn folder(prefix: &str) -> Result<PathBuf> {
 }
 
 /// Runs what blocks on a thread for such work.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
 }

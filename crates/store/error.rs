@@ -4,6 +4,9 @@ use std::io::ErrorKind;
 
 use parquet::errors::ParquetError;
 
+/// The system's number for links that lead to each other (ELOOP), which [`ErrorKind`] has no stable name for: nothing is there.
+const LINK_LOOP: i32 = if cfg!(target_os = "linux") { 40 } else { 62 };
+
 /// The result of everything here that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -127,13 +130,25 @@ pub enum Error {
         /// The prefix.
         uri: String,
     },
-    /// More shards than one job takes.
-    #[error("{uri} holds more than {limit} shards: name a deeper prefix")]
-    TooManyShards {
+    /// Something below a prefix that looks like a shard and cannot be one.
+    #[error("{uri} holds {entry}, which {reason}: rename or remove it, or name the shards one by one")]
+    Unusable {
         /// The prefix.
         uri: String,
-        /// The most that are listed.
+        /// Its name from there on.
+        entry: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// More shards than one call takes.
+    #[error("more than {limit} {what} in one call, at {uri}: make several calls, or name a deeper prefix")]
+    TooManyShards {
+        /// The prefix or shard with which there were too many.
+        uri: String,
+        /// The most that are taken.
         limit: usize,
+        /// Of what.
+        what: &'static str,
     },
     /// The bytes are something else.
     #[error("{uri} is not a Parquet file")]
@@ -399,7 +414,8 @@ fn io_kind(error: &(dyn std::error::Error + 'static)) -> Option<ErrorKind> {
     let mut next = Some(error);
     while let Some(error) = next {
         if let Some(io) = error.downcast_ref::<std::io::Error>() {
-            return Some(io.kind());
+            let is_loop = io.raw_os_error() == Some(LINK_LOOP);
+            return Some(if is_loop { ErrorKind::NotFound } else { io.kind() });
         }
         next = error.source();
     }

@@ -4,13 +4,14 @@
 use std::fmt;
 use std::ops::Range;
 use std::path::{Component, Path as FsPath, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::SystemTime;
 
 use bytes::Bytes;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt};
+use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_encode};
 
 use crate::{Error, Result};
 
@@ -20,14 +21,46 @@ const PLANNED: [&str; 11] = ["s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "a
 /// Bytes of a file's name at most, on every common file system.
 const NAME_BYTES_MAX: usize = 255;
 
+/// What a URI of a file looks like.
+const FILE_URI: &str = "expected file:///absolute/path, where '?', '#', '\\', '%' and what cannot be seen are written as %3F, %23, %5C, %25 and so on";
+
+/// What a part of a URI's path cannot say as it is (RFC 3986), and what a parser of URIs takes for something else.
+const ENCODED: &AsciiSet = &CONTROLS
+    .add(b' ')
+    .add(b'"')
+    .add(b'#')
+    .add(b'%')
+    .add(b'<')
+    .add(b'>')
+    .add(b'?')
+    .add(b'[')
+    .add(b'\\')
+    .add(b']')
+    .add(b'^')
+    .add(b'`')
+    .add(b'{')
+    .add(b'|')
+    .add(b'}')
+    .add(b'/');
+
+/// All local files are in one store.
+static LOCAL_FILES: LazyLock<Arc<LocalFileSystem>> =
+    LazyLock::new(|| Arc::new(LocalFileSystem::new().with_fsync(true)));
+
 /// One object: where it is and how to reach it. Displays as the user gave it.
 #[derive(Clone)]
 pub struct Location {
-    uri: String,
-    store: Arc<dyn ObjectStore>,
-    path: Path,
-    /// The file behind it, with the folder's symbolic links resolved; none for objects of a bucket.
-    file: Option<PathBuf>,
+    uri: Arc<str>,
+    place: Place,
+}
+
+/// Calls list a hundred thousand locations: each keeps its name once.
+#[derive(Clone)]
+enum Place {
+    /// A file that the store of all local files can name, with the folder's symbolic links resolved.
+    File(Arc<FsPath>),
+    /// An object of another store.
+    Object(Arc<dyn ObjectStore>, Path),
 }
 
 /// What a store says about an object without reading it.
@@ -53,7 +86,7 @@ impl Location {
         }
         let path = match scheme(uri) {
             None => PathBuf::from(uri),
-            Some("file") => file_path(uri).ok_or_else(|| bad("expected file:///absolute/path"))?,
+            Some("file") => file_path(uri).ok_or_else(|| bad(FILE_URI))?,
             Some(scheme) if PLANNED.contains(&scheme.to_ascii_lowercase().as_str()) => {
                 return Err(Error::UnsupportedScheme { uri: uri.to_owned(), scheme: scheme.to_owned() });
             }
@@ -69,53 +102,43 @@ impl Location {
     }
 
     fn local(uri: &str, path: &FsPath) -> Option<Self> {
-        let file = resolve_folder(path)?;
+        Self::of_file(uri, resolve_folder(path)?)
+    }
+
+    /// A file whose folder has no links and dots, displayed as `uri`. None where the store would open another one: it leaves
+    /// some characters out, and keeps some names (those that end in '#' and digits) for itself.
+    pub(crate) fn of_file(uri: &str, file: PathBuf) -> Option<Self> {
         let path = Path::from_absolute_path(&file).ok()?;
-        // The store keeps names that end in '#' and digits for itself.
-        let (name, number) = path.filename()?.rsplit_once('#').unwrap_or_default();
-        if !name.is_empty() && !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()) {
-            return None;
-        }
-        let store = Arc::new(LocalFileSystem::new().with_fsync(true));
-        Some(Self { uri: uri.to_owned(), store, path, file: Some(file) })
+        let same = LOCAL_FILES.path_to_filesystem(&path).is_ok_and(|opened| opened == file);
+        same.then(|| Self { uri: uri.into(), place: Place::File(file.into()) })
     }
 
     /// An object of a store that the caller brings, displayed as `uri`: for tests, and for stores we do not know.
     pub fn in_store(store: Arc<dyn ObjectStore>, path: Path, uri: &str) -> Self {
-        Self { uri: uri.to_owned(), store, path, file: None }
+        Self { uri: uri.into(), place: Place::Object(store, path) }
     }
 
     /// The object called `name` beside this one.
     pub fn sibling(&self, name: &str) -> Self {
-        let stem = self.uri.len() - self.file_name().len();
-        let given = self.uri.get(..stem).filter(|_| self.uri.ends_with(self.file_name())).unwrap_or_default();
-        let parent = self.path.parent().unwrap_or_default();
-        Self {
-            uri: format!("{given}{name}"),
-            store: Arc::clone(&self.store),
-            path: parent.join(name),
-            file: self.file.as_ref().map(|file| file.with_file_name(name)),
-        }
+        let (folder, last) = self.uri.split_at(self.uri.rfind('/').map_or(0, |slash| slash + 1));
+        let own = match scheme(&self.uri) {
+            Some(_) => percent_decode_str(last).decode_utf8().is_ok_and(|last| last == self.file_name()),
+            None => last == self.file_name(),
+        };
+        // What a link leads to has its siblings elsewhere.
+        let uri = if own { below(folder, name) } else { name.to_owned() };
+        let place = match &self.place {
+            Place::File(file) => Place::File(file.with_file_name(name).into()),
+            Place::Object(store, path) => {
+                Place::Object(Arc::clone(store), path.parent().unwrap_or_default().join(name))
+            }
+        };
+        Self { uri: uri.into(), place }
     }
 
     /// The same object by the file it really is; it still displays as the user gave it. None where that has no name.
     pub(crate) fn at_file(&self, file: &FsPath) -> Option<Self> {
         Self::local(&self.uri, file)
-    }
-
-    /// Every Parquet file below this one's folder, sorted, hidden ones left out: at most `limit` are looked for. Folders behind
-    /// links are not entered, so there are no loops.
-    pub(crate) async fn siblings(&self, limit: usize) -> Result<Vec<Self>> {
-        let prefix = self.uri.strip_suffix(self.file_name()).unwrap_or_default().to_owned();
-        let Some(folder) = self.file.as_deref().and_then(FsPath::parent).map(FsPath::to_owned) else {
-            return Ok(Vec::new());
-        };
-        let (listed, mut found) = (prefix.clone(), Vec::new());
-        let walking = tokio::task::spawn_blocking(move || walk(&folder, &prefix, limit, &mut found).map(|()| found));
-        let found = walking.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
-        found.map_err(|source| {
-            Error::store(&listed, object_store::Error::Generic { store: "local files", source: Box::new(source) })
-        })
     }
 
     /// What a cell of this shard names: an absolute URI, or a path relative to the shard.
@@ -126,13 +149,12 @@ impl Location {
         if scheme(reference).is_some() {
             return Self::parse(reference);
         }
-        let found = match self.file.as_deref().and_then(FsPath::parent) {
-            Some(folder) => Self::local(reference, &folder.join(reference)),
-            None => self
-                .path
+        let found = match &self.place {
+            Place::File(file) => file.parent().and_then(|folder| Self::local(reference, &folder.join(reference))),
+            Place::Object(store, path) => path
                 .parent()
                 .and_then(|folder| Path::parse(format!("{folder}/{reference}")).ok())
-                .map(|path| Self { uri: reference.to_owned(), path, ..self.clone() }),
+                .map(|path| Self::in_store(Arc::clone(store), path, reference)),
         };
         let found = found.filter(|_| !reference.is_empty() && !reference.ends_with('/'));
         found.ok_or_else(|| Error::Uri { uri: reference.to_owned(), reason: "it names no file" })
@@ -140,27 +162,34 @@ impl Location {
 
     /// The last part of the path, such as `00000.parquet`.
     pub fn file_name(&self) -> &str {
-        self.path.filename().unwrap_or_default()
+        let name = match &self.place {
+            Place::File(file) => file.file_name().and_then(|name| name.to_str()),
+            Place::Object(_, path) => path.filename(),
+        };
+        name.unwrap_or_default()
     }
 
     /// The file behind it, where it is one.
     pub fn as_file(&self) -> Option<&FsPath> {
-        self.file.as_deref()
+        match &self.place {
+            Place::File(file) => Some(file),
+            Place::Object(..) => None,
+        }
     }
 
-    /// Names the object: two spellings of one path have the same.
-    pub fn identity(&self) -> String {
-        match &self.file {
-            Some(file) => file.canonicalize().unwrap_or_else(|_| file.clone()).display().to_string(),
-            None => format!("{} {}", self.store, self.path),
-        }
+    /// The file behind it with all links resolved: two spellings of one path have the same.
+    pub(crate) fn real_file(&self) -> Option<Arc<FsPath>> {
+        let Place::File(file) = &self.place else { return None };
+        Some(file.canonicalize().ok().filter(|real| **real != **file).map_or_else(|| Arc::clone(file), Arc::from))
     }
 
     /// Whether both are one object, also through symbolic or hard links and other spellings of a path.
     pub fn same_object(&self, other: &Self) -> bool {
-        match (&self.file, &other.file) {
-            (Some(ours), Some(theirs)) => same_file(ours, theirs),
-            (None, None) => self.path == other.path && self.store.to_string() == other.store.to_string(),
+        match (&self.place, &other.place) {
+            (Place::File(ours), Place::File(theirs)) => same_file(ours, theirs),
+            (Place::Object(store, path), Place::Object(other_store, other_path)) => {
+                path == other_path && store.to_string() == other_store.to_string()
+            }
             _ => false,
         }
     }
@@ -182,10 +211,10 @@ impl Location {
     /// # Errors
     /// When there is no such object, or it is a folder.
     pub async fn head(&self) -> Result<ObjectInfo> {
-        if self.file.as_deref().is_some_and(FsPath::is_dir) {
-            return Err(Error::Folder { uri: self.uri.clone() });
+        if self.as_file().is_some_and(FsPath::is_dir) {
+            return Err(Error::Folder { uri: self.to_string() });
         }
-        let meta = self.store.head(&self.path).await.map_err(|source| Error::store(&self.uri, source))?;
+        let meta = self.store().head(&self.path()).await.map_err(|source| Error::store(&self.uri, source))?;
         Ok(ObjectInfo { size: meta.size, e_tag: meta.e_tag, modified: meta.last_modified.into() })
     }
 
@@ -196,7 +225,7 @@ impl Location {
     pub async fn head_within(&self, bytes_max: u64) -> Result<ObjectInfo> {
         let info = self.head().await?;
         if info.size > bytes_max {
-            return Err(Error::TooLarge { uri: self.uri.clone(), size: info.size, limit: bytes_max });
+            return Err(Error::TooLarge { uri: self.to_string(), size: info.size, limit: bytes_max });
         }
         Ok(info)
     }
@@ -219,7 +248,7 @@ impl Location {
             if_match: e_tag.map(str::to_owned),
             ..GetOptions::default()
         };
-        let answer = async { self.store.get_opts(&self.path, options).await?.bytes().await };
+        let answer = async { self.store().get_opts(&self.path(), options).await?.bytes().await };
         answer.await.map_err(|source| Error::store(&self.uri, source))
     }
 
@@ -228,7 +257,7 @@ impl Location {
     /// # Errors
     /// When it cannot be removed.
     pub async fn delete(&self) -> Result<()> {
-        self.store.delete(&self.path).await.map_err(|source| Error::store(&self.uri, source))
+        self.store().delete(&self.path()).await.map_err(|source| Error::store(&self.uri, source))
     }
 
     /// Replaces the object by `bytes` at once: a reader sees the old ones or the new ones.
@@ -237,15 +266,15 @@ impl Location {
     /// When it cannot be written.
     pub async fn put(&self, bytes: Bytes) -> Result<()> {
         self.check_folder()?;
-        let put = self.store.put(&self.path, bytes.into()).await;
+        let put = self.store().put(&self.path(), bytes.into()).await;
         put.map(drop).map_err(|source| Error::store(&self.uri, source))
     }
 
     /// Stores make missing folders silently, which turns a misspelt output into a new tree of folders.
     pub(crate) fn check_folder(&self) -> Result<()> {
-        let folder = self.file.as_deref().and_then(FsPath::parent);
+        let folder = self.as_file().and_then(FsPath::parent);
         match folder.filter(|folder| !folder.is_dir()) {
-            Some(folder) => Err(Error::NoFolder { uri: self.uri.clone(), folder: folder.display().to_string() }),
+            Some(folder) => Err(Error::NoFolder { uri: self.to_string(), folder: folder.display().to_string() }),
             None => Ok(()),
         }
     }
@@ -254,12 +283,20 @@ impl Location {
         &self.uri
     }
 
-    pub(crate) fn store(&self) -> &Arc<dyn ObjectStore> {
-        &self.store
+    pub(crate) fn store(&self) -> Arc<dyn ObjectStore> {
+        match &self.place {
+            Place::File(_) => Arc::clone(&*LOCAL_FILES) as Arc<dyn ObjectStore>,
+            Place::Object(store, _) => Arc::clone(store),
+        }
     }
 
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
+    /// Its name in the store.
+    pub(crate) fn path(&self) -> Path {
+        match &self.place {
+            // Only of a sibling's name is it not known before that the store can say it; no name is the root's, which fails.
+            Place::File(file) => Path::from_absolute_path(file).unwrap_or_default(),
+            Place::Object(_, path) => path.clone(),
+        }
     }
 }
 
@@ -282,25 +319,21 @@ fn scheme(uri: &str) -> Option<&str> {
     (!scheme.is_empty() && scheme.bytes().all(letters)).then_some(scheme)
 }
 
-fn file_path(uri: &str) -> Option<PathBuf> {
-    url::Url::parse(uri).ok()?.to_file_path().ok()
+/// The URI of `name` below a prefix that ends in '/': parsed, it is that very file. Paths have no need of encoding.
+pub fn below(prefix: &str, name: &str) -> String {
+    match scheme(prefix) {
+        Some(_) => format!("{prefix}{}", utf8_percent_encode(name, ENCODED)),
+        None => format!("{prefix}{name}"),
+    }
 }
 
-fn walk(folder: &FsPath, prefix: &str, limit: usize, found: &mut Vec<Location>) -> std::io::Result<()> {
-    let mut entries = std::fs::read_dir(folder)?.collect::<Result<Vec<_>, _>>()?;
-    entries.sort_by_key(std::fs::DirEntry::file_name);
-    for entry in entries {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with(['.', '_']) || found.len() >= limit {
-            continue;
-        }
-        if entry.file_type()?.is_dir() {
-            walk(&entry.path(), &format!("{prefix}{name}/"), limit, found)?;
-        } else if FsPath::new(&name).extension().is_some_and(|extension| extension == "parquet") {
-            found.extend(Location::local(&format!("{prefix}{name}"), &entry.path()));
-        }
+fn file_path(uri: &str) -> Option<PathBuf> {
+    // The parser would end the path there, make slashes of them, or leave them out.
+    let lost = |letter: char| matches!(letter, '?' | '#' | '\\') || letter.is_ascii_control();
+    if uri.contains(lost) || uri.ends_with(' ') || uri.to_ascii_lowercase().contains("%2f") {
+        return None;
     }
-    Ok(())
+    url::Url::parse(uri).ok()?.to_file_path().ok()
 }
 
 /// An absolute path whose folder is spelt in one way only. A missing folder keeps its spelling: reading from it fails
@@ -309,11 +342,13 @@ fn resolve_folder(path: &FsPath) -> Option<PathBuf> {
     let absolute = std::path::absolute(path).ok()?;
     let name = absolute.file_name()?.to_owned();
     let folder = absolute.parent()?;
-    let folder = folder.canonicalize().unwrap_or_else(|_| without_dots(folder));
+    // A folder that is missed on the way to one that is there (a/none/../b) is no way round the links of the latter.
+    let folder = folder.canonicalize().or_else(|_| without_dots(folder).canonicalize());
+    let folder = folder.unwrap_or_else(|_| without_dots(absolute.parent().unwrap_or(&absolute)));
     Some(folder.join(name))
 }
 
-/// `a/../b` without the dots: only used where the folder does not exist, so no symbolic link is stepped over.
+/// `a/../b` without the dots: only used where the folder does not exist.
 fn without_dots(folder: &FsPath) -> PathBuf {
     let mut clean = PathBuf::new();
     for part in folder.components() {

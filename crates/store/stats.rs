@@ -1,14 +1,53 @@
 //! The small JSON file beside each output shard.
 
 use bytes::Bytes;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{Error, Location, Result};
+
+/// Bytes of statistics at most, which are a few hundred.
+const STATS_BYTES_MAX: u64 = 1 << 20;
+
+/// What all statistics of ours have.
+#[derive(Deserialize)]
+#[allow(dead_code, reason = "only whether they are there matters")]
+struct Ours {
+    version: String,
+    input: String,
+    output: String,
+}
 
 /// `NAME.stats.json` for the shard `NAME.parquet`; any other name is kept whole.
 pub fn stats_location(shard: &Location) -> Location {
     let name = shard.file_name();
     shard.sibling(&format!("{}.stats.json", name.strip_suffix(".parquet").unwrap_or(name)))
+}
+
+/// Whether [`write_stats`] would replace nothing but statistics of ours.
+///
+/// # Errors
+/// When something else has their name, or the store cannot say.
+pub async fn check_stats(shard: &Location) -> Result<()> {
+    let location = stats_location(shard);
+    let foreign = || Error::Exists { uri: location.uri().to_owned() };
+    // A pipe would keep a reader waiting, and a link may lead where nothing may be read.
+    let meta = location.as_file().and_then(|file| file.symlink_metadata().ok());
+    if meta.is_some_and(|meta| !meta.is_file()) {
+        return Err(foreign());
+    }
+    let info = match location.head_within(STATS_BYTES_MAX).await {
+        Ok(info) => info,
+        Err(Error::NotFound { .. }) => return Ok(()),
+        Err(Error::TooLarge { .. }) => return Err(foreign()),
+        Err(error) => return Err(error),
+    };
+    let ours = match location.get(&info).await {
+        Ok(bytes) => serde_json::from_slice::<Ours>(&bytes).is_ok(),
+        // Another run has just written its own.
+        Err(Error::Changed { .. } | Error::NotFound { .. }) => true,
+        Err(error) => return Err(error),
+    };
+    if ours { Ok(()) } else { Err(foreign()) }
 }
 
 /// Writes the statistics of `shard` at once, replacing older ones, and returns where.

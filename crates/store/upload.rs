@@ -22,7 +22,7 @@ pub(crate) struct Upload {
 
 impl Upload {
     pub(crate) async fn start(location: &Location) -> Result<Self> {
-        let upload = location.store().put_multipart(location.path()).await?;
+        let upload = location.store().put_multipart(&location.path()).await?;
         Ok(Self { upload, tasks: JoinSet::new(), pending: Vec::new(), pending_bytes: 0 })
     }
 

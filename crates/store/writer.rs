@@ -149,12 +149,12 @@ async fn publish(location: &Location, partial: &Partial, overwrite: bool) -> Res
     let Some(hidden) = partial.to_rename() else { return Ok(()) };
     let store = location.store();
     let renamed = if overwrite {
-        store.rename(hidden.path(), location.path()).await
+        store.rename(&hidden.path(), &location.path()).await
     } else {
-        match store.rename_if_not_exists(hidden.path(), location.path()).await {
+        match store.rename_if_not_exists(&hidden.path(), &location.path()).await {
             // Some file systems have no hard links, which an atomic "only if absent" is made of.
             Err(object_store::Error::Generic { .. }) if !location.exists().await? => {
-                store.rename(hidden.path(), location.path()).await
+                store.rename(&hidden.path(), &location.path()).await
             }
             other => other,
         }

@@ -104,14 +104,6 @@ pub enum Error {
         /// The prefix.
         input: String,
     },
-    /// More shards than a call may have.
-    #[error("{count} shards in one call, at most {limit} are taken: make several calls")]
-    TooManyShards {
-        /// How many there are.
-        count: usize,
-        /// The most.
-        limit: usize,
-    },
     /// A row group larger than the memory for it.
     #[error(
         "a row group of {uri} takes {bytes} bytes, the worker holds at most {limit}: write it with smaller ones, or raise --memory-limit"

@@ -1,14 +1,18 @@
 //! What a call will do, before it does anything: its shards, where each of them begins, and where its output goes.
 
 use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
 
-use capsieve_store::{Access, Location};
+use capsieve_store::{Access, ListLimits, Listing, Location, below};
 use tokio::task::spawn_blocking;
 
 use crate::call::{CallRequest, Source};
-use crate::limits::SHARDS_MAX;
+use crate::limits::{SHARD_ENTRIES_MAX, SHARD_NAMES_BYTES_MAX, SHARDS_MAX};
 use crate::resume::Position;
 use crate::{Error, Result};
+
+const LIST_LIMITS: ListLimits =
+    ListLimits { shards: SHARDS_MAX, name_bytes: SHARD_NAMES_BYTES_MAX, entries: SHARD_ENTRIES_MAX };
 
 /// See the module.
 #[derive(Default)]
@@ -32,7 +36,8 @@ impl Plan {
         let shards = list(uris, access).await?;
         let tokens = positions(tokens, &shards)?;
         let Some(sink) = request.sink.clone() else { return Ok(Self { shards, tokens, outputs: Vec::new() }) };
-        let (access, prefixes) = (access.clone(), uris.iter().filter(|uri| uri.ends_with('/')).cloned().collect());
+        let prefixes: HashSet<String> = uris.iter().filter(|uri| uri.ends_with('/')).cloned().collect();
+        let access = access.clone();
         // Names are resolved link by link, with calls of the system that block.
         let checking = spawn_blocking(move || {
             let outputs = outputs(&sink.uri, prefixes, &shards, &access)?;
@@ -44,15 +49,11 @@ impl Plan {
 
 /// The shards of all URIs. One that several of them name, by whatever spelling, is there once.
 async fn list(uris: &[String], access: &Access) -> Result<Vec<Location>> {
-    let (mut shards, mut known) = (Vec::new(), HashSet::new());
-    for uri in uris {
-        let found = access.shards(uri, SHARDS_MAX).await?;
-        shards.extend(found.into_iter().filter(|shard| known.insert(shard.identity())));
-        if shards.len() > SHARDS_MAX {
-            return Err(Error::TooManyShards { count: shards.len(), limit: SHARDS_MAX });
-        }
+    let (mut listing, mut named) = (Listing::new(access.clone(), LIST_LIMITS), HashSet::new());
+    for uri in uris.iter().filter(|uri| named.insert(uri.as_str())) {
+        listing = listing.add(uri).await?;
     }
-    Ok(shards)
+    Ok(listing.into_shards())
 }
 
 fn positions(tokens: &[Vec<u8>], shards: &[Location]) -> Result<HashMap<String, Position>> {
@@ -74,9 +75,9 @@ fn positions(tokens: &[Vec<u8>], shards: &[Location]) -> Result<HashMap<String, 
 }
 
 /// The output of each shard: allowed, different from each other, and nowhere that the next call would take them for inputs.
-fn outputs(sink: &str, prefixes: Vec<String>, shards: &[Location], access: &Access) -> Result<Vec<String>> {
+fn outputs(sink: &str, prefixes: HashSet<String>, shards: &[Location], access: &Access) -> Result<Vec<String>> {
     let outputs: Vec<String> = match sink.ends_with('/') {
-        true => shards.iter().map(|shard| format!("{sink}{}", shard.file_name())).collect(),
+        true => shards.iter().map(|shard| below(sink, shard.file_name())).collect(),
         false if shards.len() == 1 => vec![sink.to_owned()],
         false => return Err(Error::Sink { reason: "several shards need a prefix that ends in '/'" }),
     };
@@ -85,10 +86,11 @@ fn outputs(sink: &str, prefixes: Vec<String>, shards: &[Location], access: &Acce
     }
     let open = |output: &String| access.open(output).map_err(|error| Error::SinkUri(Box::new(error)));
     let opened = outputs.iter().map(open).collect::<Result<Vec<_>>>()?;
-    for input in prefixes {
-        if opened.iter().any(|output| access.is_below(output, &input)) {
-            return Err(Error::SinkInside { sink: sink.to_owned(), input });
-        }
+    let folder = |input: String| Some((access.folder(&input).ok()?, input));
+    let folders: HashMap<PathBuf, String> = prefixes.into_iter().filter_map(folder).collect();
+    let inside = |output: &Location| output.as_file()?.ancestors().find_map(|folder| folders.get(folder));
+    match opened.iter().find_map(inside) {
+        Some(input) => Err(Error::SinkInside { sink: sink.to_owned(), input: input.clone() }),
+        None => Ok(outputs),
     }
-    Ok(outputs)
 }

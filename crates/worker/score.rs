@@ -186,6 +186,9 @@ pub(crate) async fn open(job: &ScoreJob, (hash, precision): (&str, Precision), a
         let outcome = complete(job, &output, &fingerprint).await?;
         return Ok(Opened::Complete(outcome, reader.object_info().clone()));
     }
+    if !job.overwrite {
+        capsieve_store::check_stats(&output).await?;
+    }
     let options = output_options(job, (hash, precision), &fingerprint, &reader, &input);
     let writer = ShardWriter::create(&output, reader.schema(), reader.columns(), &options).await?;
     Ok(Opened::New(Box::new(OpenShard { input, output, reader, writer, fingerprint })))

@@ -120,7 +120,12 @@ fn nothing_outside_of_the_allowed_prefixes_is_read_or_written() {
             let code = answer.end.as_ref().map(tonic::Status::code);
             assert!(code.is_some_and(|code| refused.contains(&code)), "to {uri}: {:?}", answer.end);
         }
-        // A prefix lists what is inside and leaves links out that lead outside.
+        // A prefix lists what is inside; a link that leads outside is refused, for no row may be lost in silence.
+        let answer = call(&mut client, of_shards(&[shards.text("in/allowed") + "/"])).await;
+        assert_eq!(answer.status().code(), Code::PermissionDenied);
+        for name in ["link", "absolute-link", "chain", "dangling"] {
+            std::fs::remove_file(shards.path(&format!("in/allowed/{name}.parquet"))).unwrap();
+        }
         let answer = call(&mut client, of_shards(&[shards.text("in/allowed") + "/"])).await;
         assert_eq!(answer.summary().shards, 1, "{:?}", answer.events);
     });

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use capsieve_store::{Error, Location, stats_location, write_stats};
+use capsieve_store::{Error, Location, check_stats, stats_location, write_stats};
 use object_store::memory::InMemory;
 use object_store::path::Path;
 
@@ -137,4 +137,34 @@ fn statistics_lie_beside_the_shard() {
     assert_eq!(stats_location(&at(folder.path(), "scored")).file_name(), "scored.stats.json");
     let missing = at(folder.path(), "none/0.parquet");
     assert!(matches!(wait(write_stats(&missing, &1)), Err(Error::NoFolder { .. })));
+}
+
+#[cfg(unix)]
+#[test]
+fn links_that_lead_to_each_other_lead_to_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink("b", folder.path().join("a")).unwrap();
+    std::os::unix::fs::symlink("a", folder.path().join("b")).unwrap();
+    for name in ["a", "a/x.parquet"] {
+        let error = wait(at(folder.path(), name).head()).unwrap_err();
+        assert!(matches!(error, Error::NotFound { .. }), "{name}: {error:?}");
+    }
+}
+
+#[test]
+fn only_statistics_of_ours_are_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let shard = at(folder.path(), "a.parquet");
+    let stats = folder.path().join("a.stats.json");
+    wait(check_stats(&shard)).unwrap();
+    std::fs::write(&stats, r#"{ "version": "0.1.0", "input": "a", "output": "b", "rows": 1 }"#).unwrap();
+    wait(check_stats(&shard)).unwrap();
+    for foreign in ["mine", "", "[1]", r#"{ "version": "0.1.0", "rows": 1 }"#, r#"{ "version": 1, "input": [] }"#] {
+        std::fs::write(&stats, foreign).unwrap();
+        let error = wait(check_stats(&shard)).unwrap_err();
+        assert!(matches!(&error, Error::Exists { uri } if uri.ends_with("/a.stats.json")), "{foreign}: {error}");
+    }
+    std::fs::remove_file(&stats).unwrap();
+    std::fs::create_dir(&stats).unwrap();
+    assert!(matches!(wait(check_stats(&shard)), Err(Error::Exists { .. })));
 }
