@@ -20,6 +20,7 @@ mod gate;
 mod listener;
 mod metrics;
 mod places;
+mod refusal;
 mod request;
 mod serve;
 mod service;
