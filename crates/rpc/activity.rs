@@ -108,6 +108,11 @@ impl Activity {
         Some(InFlight { activity: Arc::clone(self), kind, stranger: true })
     }
 
+    /// How long the connection has been there, as long as no request of it was accepted.
+    pub(crate) fn unproven(&self, now: Instant) -> Option<Duration> {
+        (!self.seen().accepted).then(|| now.saturating_duration_since(self.opened))
+    }
+
     /// Gives the connection up unless a request of it was accepted; says whether it does. [`Self::close`] comes next.
     pub(crate) fn give_up(&self) -> bool {
         let seen = self.seen();

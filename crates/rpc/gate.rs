@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::{HeaderValue, Request, Response};
+use http::{Request, Response};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tonic::body::Body;
 use tonic::{Code, Status};
@@ -19,6 +19,7 @@ use crate::activity::{Activity, InFlight, Kind};
 use crate::arrivals::{Arrivals, Arriving};
 use crate::body::{AnswerBody, LimitedBody};
 use crate::deadline;
+use crate::refusal::{self, CallName};
 use crate::serve::Phase;
 use crate::status;
 use crate::tokens::Tokens;
@@ -179,30 +180,32 @@ where
     }
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        let name = (request.uri().path() == SCORE_BATCH).then(CallName::new);
         let in_flight = match self.gate.admit(&mut request) {
             Ok(in_flight) => in_flight,
-            Err(status) => return Box::pin(std::future::ready(Ok(status.into_http()))),
+            Err(status) => {
+                let refused = refusal::complete(status.into_http(), name.as_ref());
+                return Box::pin(std::future::ready(Ok(refused)));
+            }
         };
+        if let Some(name) = name.clone() {
+            request.extensions_mut().insert(name);
+        }
         let deadline = deadline::of(request.headers());
         if let Some(deadline) = deadline {
             request.extensions_mut().insert(deadline);
         }
         let answer = self.inner.call(request);
         Box::pin(async move {
-            let mut answer = match deadline {
+            let answer = match deadline {
                 // The service has a timer of its own that ends at the same moment, and it is asked first: it knows more.
                 Some(deadline) => match tokio::time::timeout_at(deadline.0.into(), answer).await {
                     Ok(answer) => answer?,
-                    Err(_) => return Ok(status::late("the call's deadline passed before it began").into_http()),
+                    Err(_) => status::late("the call's deadline passed before it began").into_http(),
                 },
                 None => answer.await?,
             };
-            // What tonic says of a message that is too large; gRPC's word for it is another.
-            if let Some(code) = answer.headers_mut().get_mut("grpc-status")
-                && *code == HeaderValue::from(Code::OutOfRange as i32)
-            {
-                *code = HeaderValue::from(Code::ResourceExhausted as i32);
-            }
+            let answer = refusal::complete(answer, name.as_ref());
             Ok(answer.map(|body| Body::new(AnswerBody::new(body, in_flight))))
         })
     }

@@ -21,6 +21,7 @@ mod listener;
 mod metrics;
 mod outbox;
 mod places;
+mod refusal;
 mod request;
 mod serve;
 mod service;

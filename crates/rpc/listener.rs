@@ -42,18 +42,17 @@ pub(crate) struct Connection {
     io: Box<dyn Io>,
     /// What was read to see that a client is there, as far as the server has not got it yet.
     preface: &'static [u8],
-    activity: Arc<Activity>,
     /// Until the next look at it.
     look: Pin<Box<Sleep>>,
     over: bool,
-    _place: Place,
+    place: Place,
 }
 
 impl Connected for Connection {
     type ConnectInfo = Arc<Activity>;
 
     fn connect_info(&self) -> Arc<Activity> {
-        Arc::clone(&self.activity)
+        Arc::clone(self.place.activity())
     }
 }
 
@@ -63,7 +62,7 @@ pub(crate) fn accept(
     port: Port,
 ) -> (tokio::task::JoinHandle<()>, ReceiverStream<io::Result<Connection>>) {
     let (ready, receiver): (Sender<io::Result<Connection>>, Receiver<_>) = channel(16);
-    let places = Places::new(port.connections);
+    let places = Places::new(port.connections, port.patience);
     let accepting = tokio::spawn(async move {
         loop {
             let (stream, _) = match listener.accept().await {
@@ -74,14 +73,13 @@ pub(crate) fn accept(
                     continue;
                 }
             };
-            let activity = Activity::new(port.patience);
-            let place = places.take(&activity).await;
+            let place = places.take().await;
             let (port, ready) = (port.clone(), ready.clone());
             tokio::spawn(async move {
-                match opened(stream, &port, &activity).await {
+                match opened(stream, &port, place.activity()).await {
                     Ok((io, preface)) => {
                         let look = Box::pin(tokio::time::sleep(std::time::Duration::ZERO));
-                        let connection = Connection { io, preface, activity, look, over: false, _place: place };
+                        let connection = Connection { io, preface, look, over: false, place };
                         drop(ready.send(Ok(connection)).await);
                     }
                     Err(error) => tracing::debug!("a connection was closed: {error}"),
@@ -107,7 +105,10 @@ async fn opened(stream: TcpStream, port: &Port, activity: &Activity) -> io::Resu
 async fn open(stream: TcpStream, port: &Port) -> io::Result<(Box<dyn Io>, &'static [u8])> {
     stream.set_nodelay(true)?;
     let mut io: Box<dyn Io> = match &port.tls {
-        Some(tls) => Box::new(tls.acceptor(port.protocol).accept(stream).await?),
+        Some(tls) => {
+            let refused = || io::Error::other("the TLS files cannot be used");
+            Box::new(tls.acceptor(port.protocol).ok_or_else(refused)?.accept(stream).await?)
+        }
         None => Box::new(stream),
     };
     match port.protocol {
@@ -137,14 +138,14 @@ async fn preface(io: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
 impl Connection {
     /// What the requests of this connection say about it.
     pub(crate) fn activity(&self) -> Arc<Activity> {
-        Arc::clone(&self.activity)
+        Arc::clone(self.place.activity())
     }
 
     /// Whether the connection has been there for nothing for too long; if not, the task is woken for the next look.
     fn over(&mut self, context: &mut Context<'_>) -> bool {
-        self.over |= self.activity.poll_given_up(context).is_ready();
+        self.over |= self.place.activity().poll_given_up(context).is_ready();
         while !self.over && self.look.as_mut().poll(context).is_ready() {
-            match self.activity.next_look(Instant::now()) {
+            match self.place.activity().next_look(Instant::now()) {
                 Some(at) => self.look.as_mut().reset(at.into()),
                 None => self.over = true,
             }

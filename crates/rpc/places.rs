@@ -3,15 +3,20 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
-use crate::activity::Activity;
+use crate::activity::{Activity, Patience};
+
+/// Everybody has so long for a handshake and a first request, however many others come: who is far away needs some of it.
+const UNDISTURBED: Duration = Duration::from_millis(500);
 
 /// All places of a port.
 #[derive(Debug)]
 pub(crate) struct Places {
     most: usize,
+    patience: Patience,
     now: Mutex<Now>,
     /// A place was given back.
     free: Notify,
@@ -26,38 +31,44 @@ struct Now {
 
 impl Places {
     /// So many.
-    pub(crate) fn new(most: usize) -> Arc<Self> {
-        Arc::new(Self { most, now: Mutex::default(), free: Notify::new() })
+    pub(crate) fn new(most: usize, patience: Patience) -> Arc<Self> {
+        Arc::new(Self { most, patience, now: Mutex::default(), free: Notify::new() })
     }
 
     /// A place for another connection. Where there is none, the one closes that is without an accepted request for longest;
     /// if all have made one, this waits.
-    pub(crate) async fn take(self: &Arc<Self>, activity: &Arc<Activity>) -> Place {
+    pub(crate) async fn take(self: &Arc<Self>) -> Place {
         loop {
-            if let Some(place) = self.try_take(activity) {
-                return place;
+            // Only one task takes places, so what is given back before it waits is remembered for it.
+            match self.try_take(Instant::now()) {
+                Ok(place) => return place,
+                Err(None) => self.free.notified().await,
+                Err(Some(wait)) => drop(tokio::time::timeout(wait, self.free.notified()).await),
             }
-            // Only one task takes places, so what was given back before it waits is remembered for it.
-            self.free.notified().await;
         }
     }
 
-    fn try_take(self: &Arc<Self>, activity: &Arc<Activity>) -> Option<Place> {
+    /// If there is none: when one can be taken from another, unless it makes a request by then.
+    fn try_take(self: &Arc<Self>, at: Instant) -> Result<Place, Option<Duration>> {
         let mut now = self.now();
         let mut given_up = None;
         if now.taken.len() >= self.most {
-            let number = *now.taken.iter().find(|(_, other)| other.give_up())?.0;
+            let unproven = now.taken.iter().find_map(|(number, other)| Some((*number, other, other.unproven(at)?)));
+            let (number, longest, age) = unproven.ok_or(None)?;
+            if age < UNDISTURBED || !longest.give_up() {
+                return Err(Some(UNDISTURBED.saturating_sub(age)));
+            }
             given_up = now.taken.remove(&number);
         }
-        let number = now.begun;
+        let (number, activity) = (now.begun, Activity::new(self.patience));
         now.begun += 1;
-        now.taken.insert(number, Arc::clone(activity));
+        now.taken.insert(number, Arc::clone(&activity));
         // A task that ends gives its place back: never under the lock.
         drop(now);
         if let Some(given_up) = given_up {
             given_up.close();
         }
-        Some(Place { places: Arc::clone(self), number })
+        Ok(Place { places: Arc::clone(self), number, activity })
     }
 
     fn now(&self) -> MutexGuard<'_, Now> {
@@ -70,6 +81,14 @@ impl Places {
 pub(crate) struct Place {
     places: Arc<Places>,
     number: u64,
+    activity: Arc<Activity>,
+}
+
+impl Place {
+    /// What the requests of the connection say about it.
+    pub(crate) fn activity(&self) -> &Arc<Activity> {
+        &self.activity
+    }
 }
 
 impl Drop for Place {
@@ -83,36 +102,31 @@ impl Drop for Place {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use futures::FutureExt;
-
     use super::*;
-    use crate::activity::{Kind, Patience};
-
-    fn activity() -> Arc<Activity> {
-        let long = Duration::from_secs(600);
-        Activity::new(Patience { first: long, idle: long, life: None })
-    }
+    use crate::activity::Kind;
 
     #[test]
     fn the_longest_without_a_request_makes_room() {
-        let places = Places::new(3);
-        let all = [(); 3].map(|()| activity());
-        let mut held = all.each_ref().map(|one| Some(places.take(one).now_or_never().unwrap()));
-        // The first is proven, so the second goes.
+        let long = Duration::from_secs(600);
+        let places = Places::new(3, Patience { first: long, idle: long, life: None });
+        let soon = Instant::now();
+        let later = soon + Duration::from_secs(1);
+        let mut held = [(); 3].map(|()| Some(places.try_take(soon).unwrap()));
+        let all = held.each_ref().map(|one| Arc::clone(one.as_ref().unwrap().activity()));
+        // The first is proven, so the second goes, but not at once.
         drop(all[0].accept(Kind::Other));
-        let (fourth, fifth) = (activity(), activity());
-        let fourth_place = places.take(&fourth).now_or_never().unwrap();
+        let wait = places.try_take(soon).unwrap_err().unwrap();
+        assert!(wait > Duration::ZERO && wait <= UNDISTURBED, "{wait:?}");
+        let fourth = places.try_take(later).unwrap();
         assert_eq!(all.each_ref().map(|one| one.given_up()), [false, true, false]);
         // What it gives back later is not its own any more.
         held[1] = None;
-        for one in [&all[2], &fourth] {
+        for one in [&all[2], fourth.activity()] {
             drop(one.accept(Kind::Other));
         }
-        assert!(places.take(&fifth).now_or_never().is_none(), "all have made a request");
-        drop(fourth_place);
-        assert!(places.take(&fifth).now_or_never().is_some());
-        assert!(!all[2].given_up() && !fourth.given_up() && !fifth.given_up());
+        assert_eq!(places.try_take(later).unwrap_err(), None, "all have made a request");
+        assert!(!all[2].given_up() && !fourth.activity().given_up());
+        drop(fourth);
+        assert!(places.try_take(soon).is_ok());
     }
 }

@@ -1,6 +1,5 @@
 //! The methods of the contract.
 
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::{Arc, OnceLock};
 
 use capsieve_worker::{ItmToken, Worker};
@@ -12,6 +11,7 @@ use crate::chunks::Format;
 use crate::deadline::Deadline;
 use crate::gate::{Admission, Admitted};
 use crate::outbox::Messages;
+use crate::refusal::CallName;
 use crate::serve::{Limits, Phase};
 use crate::stream::Driver;
 use crate::v1::scoring_service_server::ScoringService;
@@ -83,7 +83,7 @@ impl ScoringService for Scoring {
     type ScoreBatchStream = Messages;
 
     async fn score_batch(&self, request: Request<v1::ScoreBatchRequest>) -> Result<Response<Messages>, Status> {
-        let request_id = request_id(&request.get_ref().request_id)?;
+        let request_id = request_id(&request)?;
         let span = trace::call(&request_id, request.metadata());
         let opening = self.open(request, request_id.clone()).instrument(span.clone());
         let (driver, place) = opening.await.map_err(|status| {
@@ -120,10 +120,10 @@ impl ScoringService for Scoring {
     }
 }
 
-/// The client's name for its call, or one of ours.
-fn request_id(given: &str) -> Result<String, Status> {
+/// The client's name for its call, or ours.
+fn request_id(request: &Request<v1::ScoreBatchRequest>) -> Result<String, Status> {
+    let given = &request.get_ref().request_id;
     request::check_id(given)?;
-    // The standard library's source of random bits.
-    let made = || format!("{:016x}", RandomState::new().build_hasher().finish());
-    Ok(if given.is_empty() { made() } else { given.to_owned() })
+    let made = || request.extensions().get().cloned().unwrap_or_else(CallName::new).0;
+    Ok(if given.is_empty() { made() } else { given.clone() })
 }

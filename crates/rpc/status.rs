@@ -39,6 +39,21 @@ fn field(error: &Error) -> Option<&'static str> {
     }
 }
 
+/// What tonic says of a request that did not get as far as a service: it gives no details, and calls what cannot be read
+/// INTERNAL, as if it were the worker's fault.
+pub(crate) fn of_transport(status: Status) -> Status {
+    if !status.details().is_empty() {
+        return status;
+    }
+    match (status.code(), status.message()) {
+        (Code::OutOfRange, why) => too_large(why),
+        (Code::Internal, why) => with_reason(Code::InvalidArgument, "REQUEST_MALFORMED", why),
+        (Code::Unimplemented, "") => with_reason(Code::Unimplemented, "NOT_IMPLEMENTED", "there is no such method"),
+        (Code::Unimplemented, why) => with_reason(Code::Unimplemented, "NOT_IMPLEMENTED", why),
+        _ => status,
+    }
+}
+
 /// The status with the name of the request it ends, so that its lines in the worker's log are found.
 pub(crate) fn for_request(status: Status, request_id: &str) -> Status {
     let mut details = status.get_error_details();

@@ -1,8 +1,8 @@
 //! TLS from files that are read again when they change, so that certificates are renewed without a restart.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{Duration, SystemTime};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -10,6 +10,8 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::crypto::aws_lc_rs::default_provider;
 use tokio_rustls::rustls::server::WebPkiClientVerifier;
 use tokio_rustls::rustls::{self, RootCertStore, ServerConfig};
+
+use crate::tokens::GRACE;
 
 /// How often the files are looked at.
 const LOOK: Duration = Duration::from_secs(2);
@@ -56,8 +58,20 @@ pub enum TlsError {
 /// The server's side of TLS as the files are now.
 pub(crate) struct Tls {
     files: TlsFiles,
-    current: RwLock<Configs>,
+    current: Mutex<Current>,
 }
+
+struct Current {
+    /// None when the files have been unusable for too long: roots and keys that were taken away must not be valid for ever.
+    configs: Option<Configs>,
+    /// The files that they are from.
+    written: Vec<Written>,
+    /// Since when the files cannot be used.
+    unusable: Option<Instant>,
+}
+
+/// When a file was written, and its length.
+type Written = Option<(SystemTime, u64)>;
 
 /// The same but for the protocol.
 struct Configs {
@@ -67,48 +81,70 @@ struct Configs {
 
 impl Tls {
     pub(crate) fn open(files: &TlsFiles) -> Result<Arc<Self>, TlsError> {
-        let current = RwLock::new(configs(files)?);
+        // First, so that what changes meanwhile is seen.
+        let written = written(files);
+        let current = Mutex::new(Current { configs: Some(configs(files)?), written, unusable: None });
         Ok(Arc::new(Self { files: files.clone(), current }))
     }
 
-    /// For the next connection.
-    pub(crate) fn acceptor(&self, protocol: Protocol) -> TlsAcceptor {
-        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+    /// For the next connection; none: it is refused.
+    pub(crate) fn acceptor(&self, protocol: Protocol) -> Option<TlsAcceptor> {
+        let current = self.current();
+        let configs = current.configs.as_ref()?;
         let config = match protocol {
-            Protocol::Http2 => &current.http2,
-            Protocol::Http1 => &current.http1,
+            Protocol::Http2 => &configs.http2,
+            Protocol::Http1 => &configs.http1,
         };
-        Arc::clone(config).into()
+        Some(Arc::clone(config).into())
     }
 
-    /// Takes new files as they come; what cannot be used is said and left aside.
+    /// Takes new files as they come.
     pub(crate) async fn renew(&self) {
-        let mut seen = self.written();
         loop {
             tokio::time::sleep(LOOK).await;
-            let now = self.written();
-            if now == seen {
-                continue;
-            }
-            seen = now;
-            match configs(&self.files) {
-                Ok(configs) => {
-                    *self.current.write().unwrap_or_else(PoisonError::into_inner) = configs;
-                    tracing::info!("new TLS files are in use");
-                }
-                Err(error) => tracing::warn!("the new TLS files are not used: {error}"),
-            }
+            self.look(Instant::now());
         }
     }
 
-    fn written(&self) -> Vec<Option<(SystemTime, u64)>> {
-        let TlsFiles { certificate, key, client_roots } = &self.files;
-        let look = |path: &PathBuf| {
-            let meta = std::fs::metadata(path).ok()?;
-            Some((meta.modified().ok()?, meta.len()))
-        };
-        [Some(certificate), Some(key), client_roots.as_ref()].into_iter().flatten().map(look).collect()
+    /// The rule of [`crate::tokens`]: files that cannot be used are left aside for a while, for they may be on their way.
+    fn look(&self, now: Instant) {
+        let written = written(&self.files);
+        let unusable = self.current().unusable;
+        if unusable.is_none() && written == self.current().written {
+            return;
+        }
+        let configs = configs(&self.files);
+        let mut current = self.current();
+        match (configs, unusable) {
+            (Ok(configs), _) => {
+                tracing::info!("new TLS files are in use");
+                *current = Current { configs: Some(configs), written, unusable: None };
+            }
+            (Err(error), None) => {
+                current.unusable = Some(now);
+                let seconds = GRACE.as_secs();
+                tracing::warn!("the new TLS files are not used, the old ones for {seconds} seconds more: {error}");
+            }
+            (Err(error), Some(since)) if current.configs.is_some() && now.duration_since(since) >= GRACE => {
+                current.configs = None;
+                tracing::warn!("no connection is taken until the TLS files can be used: {error}");
+            }
+            (Err(_), Some(_)) => {}
+        }
     }
+
+    fn current(&self) -> MutexGuard<'_, Current> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn written(files: &TlsFiles) -> Vec<Written> {
+    let TlsFiles { certificate, key, client_roots } = files;
+    let look = |path: &PathBuf| {
+        let meta = std::fs::metadata(path).ok()?;
+        Some((meta.modified().ok()?, meta.len()))
+    };
+    [Some(certificate), Some(key), client_roots.as_ref()].into_iter().flatten().map(look).collect()
 }
 
 fn configs(files: &TlsFiles) -> Result<Configs, TlsError> {
@@ -147,4 +183,47 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
 
 fn unreadable(path: &Path, error: &rustls_pki_types::pem::Error) -> TlsError {
     TlsError::File { path: path.display().to_string(), reason: error.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{CertifiedKey, generate_simple_self_signed};
+
+    use super::*;
+
+    #[test]
+    fn files_that_cannot_be_used_any_more_end_handshakes_after_a_grace() {
+        let folder = tempfile::tempdir().unwrap();
+        let CertifiedKey { cert, signing_key } = generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let texts = [("cert", cert.pem()), ("key", signing_key.serialize_pem()), ("ca", cert.pem())];
+        let paths = texts.each_ref().map(|(name, _)| folder.path().join(name));
+        let write = |i: usize| std::fs::write(&paths[i], &texts[i].1).unwrap();
+        (0..3).for_each(write);
+        let [certificate, key, client_roots] = paths.clone();
+        let files = TlsFiles { certificate, key, client_roots: Some(client_roots) };
+        let end: [fn(&Path); 3] = [
+            |path| std::fs::remove_file(path).unwrap(),
+            |path| std::fs::write(path, "").unwrap(),
+            |path| std::fs::write(path, "# nobody\n").unwrap(),
+        ];
+        for (i, path) in paths.iter().enumerate() {
+            for end in end {
+                let (tls, opened) = (Tls::open(&files).unwrap(), Instant::now());
+                let accepts = |seconds: u64| {
+                    tls.look(opened + Duration::from_secs(seconds));
+                    let [http2, http1] = [Protocol::Http2, Protocol::Http1].map(|one| tls.acceptor(one).is_some());
+                    assert_eq!(http2, http1);
+                    http2
+                };
+                assert!(accepts(2));
+                end(path);
+                assert!(accepts(4), "it may be on its way");
+                assert!(accepts(13));
+                assert!(!accepts(14), "the grace is over");
+                assert!(!accepts(600));
+                write(i);
+                assert!(accepts(602), "it is back");
+            }
+        }
+    }
 }

@@ -12,7 +12,7 @@ use subtle::{Choice, ConstantTimeEq};
 const LOOK: Duration = Duration::from_secs(1);
 /// Old tokens are valid for so long when the file is gone or empty: one that is being replaced must not lock everybody out,
 /// and one that was taken away must.
-const GRACE: Duration = Duration::from_secs(10);
+pub(crate) const GRACE: Duration = Duration::from_secs(10);
 /// Bytes of the file at most.
 const BYTES_MAX: u64 = 1 << 20;
 

@@ -47,10 +47,21 @@ pub(super) fn framed(message: &[u8]) -> Vec<u8> {
 }
 
 /// The answer to a request.
-pub(super) async fn open(mut channel: Channel, path: &str, body: Body) -> http::Response<Body> {
+pub(super) async fn open(channel: Channel, path: &str, body: Body) -> http::Response<Body> {
+    open_with(channel, path, &[], body).await
+}
+
+/// The answer to a request with some more headers.
+pub(super) async fn open_with(
+    mut channel: Channel,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: Body,
+) -> http::Response<Body> {
     let request = http::Request::post(format!("http://localhost{path}")).header("te", "trailers");
-    let request = request.header("content-type", "application/grpc").body(body).unwrap();
-    channel.ready().await.unwrap().call(request).await.unwrap()
+    let request = request.header("content-type", "application/grpc");
+    let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+    channel.ready().await.unwrap().call(request.body(body).unwrap()).await.unwrap()
 }
 
 /// The status that a request gets before any message.

@@ -94,6 +94,41 @@ fn tls_and_client_certificates() {
     });
 }
 
+#[test]
+fn client_roots_that_are_taken_away_let_nobody_in() {
+    let shards = Shards::new(&[]);
+    let ca = Authority::new();
+    let ((certificate, key), identity) = (ca.issue(), ca.issue());
+    let files = [("cert.pem", certificate), ("key.pem", key), ("ca.pem", ca.pem())].map(|(name, text)| {
+        std::fs::write(shards.path(name), text).unwrap();
+        shards.text(name)
+    });
+    let server = Server::start(&["--tls-cert", &files[0], "--tls-key", &files[1], "--tls-client-ca", &files[2]]);
+    let endpoint = format!("https://localhost:{}", server.address.rsplit_once(':').unwrap().1);
+    let ask = async |client: &mut ScoringServiceClient<Channel>| {
+        client.get_model_info(v1::GetModelInfoRequest {}).await.map(drop).map_err(drop)
+    };
+    let connect = async || {
+        let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca.pem()));
+        let tls = tls.identity(Identity::from_pem(&identity.0, &identity.1));
+        let channel = Channel::from_shared(endpoint.clone()).unwrap().tls_config(tls).unwrap().connect().await;
+        let mut client = ScoringServiceClient::new(channel.map_err(drop)?);
+        ask(&mut client).await.map(|()| client)
+    };
+    wait(async {
+        let mut early = connect().await.unwrap();
+        std::fs::write(&files[2], "").unwrap();
+        server.wait_for("the new TLS files are not used");
+        assert!(connect().await.is_ok(), "they may be on their way");
+        server.wait_for("no connection is taken until the TLS files can be used");
+        assert!(connect().await.is_err());
+        assert!(ask(&mut early).await.is_ok(), "who is in stays");
+        std::fs::write(&files[2], ca.pem()).unwrap();
+        server.wait_for("new TLS files are in use");
+        assert!(connect().await.is_ok());
+    });
+}
+
 /// A TLS connection to `address` by a client that knows the root `ca`.
 async fn encrypted(address: &str, ca: &Authority) -> TlsStream<tokio::net::TcpStream> {
     let mut roots = RootCertStore::empty();
