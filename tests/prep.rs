@@ -334,3 +334,34 @@ proptest! {
         }
     }
 }
+
+/// Four floats a pixel, in strips that are not there: what the file says of its samples is enough to refuse it.
+#[test]
+fn samples_that_are_not_supported_are_refused_before_they_are_decoded() {
+    let entry = |tag: u16, kind: u16, count: u32, value: u32| {
+        [&tag.to_le_bytes()[..], &kind.to_le_bytes(), &count.to_le_bytes(), &value.to_le_bytes()].concat()
+    };
+    let (samples, entries) = (4u32, 10u16);
+    let after = 8 + 2 + 12 * u32::from(entries) + 4;
+    let mut file = [&b"II*\0"[..], &8u32.to_le_bytes(), &entries.to_le_bytes()].concat();
+    for (tag, kind, count, value) in [
+        (256, 4, 1, 1000),
+        (257, 4, 1, 1000),
+        (258, 3, samples, after),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2),
+        (273, 4, 1, 1 << 30),
+        (277, 3, 1, samples),
+        (278, 4, 1, 1000),
+        (279, 4, 1, 16_000_000),
+        (339, 3, samples, after + 8),
+    ] {
+        file.extend(entry(tag, kind, count, value));
+    }
+    file.extend([0; 4]);
+    for value in [32u16, 32, 32, 32, 3, 3, 3, 3] {
+        file.extend(value.to_le_bytes());
+    }
+    let error = decode(&file).expect_err("floats");
+    assert!(matches!(error, capsieve_prep::ImageError::Unsupported { .. }), "{error:?}");
+}

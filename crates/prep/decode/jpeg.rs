@@ -4,7 +4,7 @@
 //! the work here too, by way of mozjpeg, a fork with the same decoder. The pure Rust decoders follow other recipes: with
 //! zune-jpeg 15% of the samples of 4:2:0 files were off, typically by 1 to 4 levels and at image borders by up to 128.
 
-use super::samples::{cmyk_to_rgb, from_grey, from_pixels};
+use super::samples::{cmyk_to_rgb, from_grey, in_place};
 use super::{DecodeLimits, ImageError};
 use crate::RgbImage;
 use mozjpeg::{ColorSpace, Decompress};
@@ -30,10 +30,7 @@ pub(super) fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, Im
     Ok(match output {
         ColorSpace::JCS_GRAYSCALE => from_grey(width, height, samples.into_iter()),
         // Every CMYK JPEG is taken as Adobe's, which stores 255 - ink.
-        ColorSpace::JCS_CMYK => {
-            let inks = samples.as_chunks::<4>().0.iter();
-            from_pixels(width, height, inks.map(|inks| cmyk_to_rgb(inks.map(|v| 255 - v))))
-        }
+        ColorSpace::JCS_CMYK => in_place(width, height, samples, |inks: [u8; 4]| cmyk_to_rgb(inks.map(|v| 255 - v))),
         _ => RgbImage { width, height, pixels: samples },
     })
 }

@@ -1,6 +1,6 @@
 //! PNG, WebP and BMP: lossless or self-contained formats whose samples come ready from the `image` crate.
 
-use super::samples::{clip, drop_extra, from_grey, high_byte, stretch};
+use super::samples::{clip, from_grey, high_byte, in_place, keep_high_bytes, opaque, stretch};
 use super::{DecodeLimits, ImageError};
 use crate::RgbImage;
 use image::codecs::{bmp::BmpDecoder, png::PngDecoder, webp::WebPDecoder};
@@ -71,14 +71,19 @@ fn read(
     let wide = || samples.as_chunks::<2>().0.iter().map(|&sample| u16::from_ne_bytes(sample));
     Ok(match color {
         ColorType::Rgb8 => RgbImage { width, height, pixels: samples },
-        ColorType::Rgba8 => drop_extra(width, height, &samples, 4),
+        ColorType::Rgba8 => in_place(width, height, samples, opaque),
         ColorType::L8 => from_grey(width, height, samples.iter().copied()),
         ColorType::La8 => from_grey(width, height, samples.iter().step_by(2).copied()),
         ColorType::L16 => from_grey(width, height, wide().map(|v| clip(v.into()))),
         ColorType::La16 if is_grey => from_grey(width, height, wide().step_by(2).map(|v| clip(v.into()))),
         ColorType::La16 => from_grey(width, height, wide().step_by(2).map(high_byte)),
-        ColorType::Rgb16 => RgbImage { width, height, pixels: wide().map(high_byte).collect() },
-        ColorType::Rgba16 => drop_extra(width, height, &wide().map(high_byte).collect::<Vec<_>>(), 4),
+        ColorType::Rgb16 | ColorType::Rgba16 => {
+            keep_high_bytes(&mut samples);
+            match color {
+                ColorType::Rgb16 => RgbImage { width, height, pixels: samples },
+                _ => in_place(width, height, samples, opaque),
+            }
+        }
         _ => return Err(ImageError::unsupported(format, "its sample type")),
     })
 }

@@ -11,12 +11,53 @@ pub(super) fn from_pixels(width: usize, height: usize, pixels: impl Iterator<Ite
     RgbImage { width, height, pixels: pixels.collect::<Vec<_>>().into_flattened() }
 }
 
-/// The first three of every `channels` samples: drops alpha and other extra samples without looking at them.
-pub(super) fn drop_extra(width: usize, height: usize, samples: &[u8], channels: usize) -> RgbImage {
-    match samples.as_chunks::<4>().0 {
-        quads if channels == 4 => from_pixels(width, height, quads.iter().map(|&[r, g, b, _]| [r, g, b])),
-        _ => from_pixels(width, height, samples.chunks_exact(channels).map(|pixel| [pixel[0], pixel[1], pixel[2]])),
+/// Pixels of `BYTES` bytes become RGB in their own memory, which large images have no second of: none is written over before
+/// it is read.
+pub(super) fn in_place<const BYTES: usize>(
+    width: usize,
+    height: usize,
+    mut samples: Vec<u8>,
+    rgb: impl Fn([u8; BYTES]) -> [u8; 3],
+) -> RgbImage {
+    const { assert!(BYTES >= 3) };
+    let pixels = samples.len() / BYTES;
+    for pixel in 0..pixels {
+        let mut from = [0; BYTES];
+        from.copy_from_slice(&samples[pixel * BYTES..][..BYTES]);
+        samples[pixel * 3..][..3].copy_from_slice(&rgb(from));
     }
+    samples.truncate(pixels * 3);
+    RgbImage { width, height, pixels: samples }
+}
+
+/// The colours of a pixel with alpha, which is thrown away without a look.
+pub(super) fn opaque([r, g, b, _]: [u8; 4]) -> [u8; 3] {
+    [r, g, b]
+}
+
+/// 16-bit samples in the machine's order become their high bytes, in the same memory.
+pub(super) fn keep_high_bytes(samples: &mut Vec<u8>) {
+    let count = samples.len() / 2;
+    for at in 0..count {
+        samples[at] = high_byte(u16::from_ne_bytes([samples[2 * at], samples[2 * at + 1]]));
+    }
+    samples.truncate(count);
+}
+
+/// Fills `len` bytes from those of `from`: in its own memory, where it has room for both.
+pub(super) fn beside(mut from: Vec<u8>, len: usize, fill: impl FnOnce(&[u8], &mut [u8])) -> Vec<u8> {
+    let used = from.len();
+    if from.capacity() < used + len {
+        let mut to = vec![0; len];
+        fill(&from, &mut to);
+        return to;
+    }
+    from.resize(used + len, 0);
+    let (old, new) = from.split_at_mut(used);
+    fill(old, new);
+    from.copy_within(used.., 0);
+    from.truncate(len);
+    from
 }
 
 /// Looks colours up. An index behind the palette is black.
@@ -72,6 +113,24 @@ pub(super) fn unpremultiply([r, g, b, a]: [u8; 4]) -> [u8; 3] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pixels_shrink_in_their_own_memory() {
+        let samples: Vec<u8> = (0..24).collect();
+        let memory = samples.as_ptr();
+        let image = in_place(3, 2, samples, opaque);
+        assert_eq!(image.pixels, [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 16, 17, 18, 20, 21, 22]);
+        assert_eq!(image.pixels.as_ptr(), memory);
+        let mut wide: Vec<u8> = [0x1234u16, 0xFF00, 0x00FF].iter().flat_map(|v| v.to_ne_bytes()).collect();
+        keep_high_bytes(&mut wide);
+        assert_eq!(wide, [0x12, 0xFF, 0]);
+        let memory = wide.as_ptr();
+        let reversed =
+            |from: &[u8], to: &mut [u8]| to.iter_mut().zip(from.iter().rev()).for_each(|(to, from)| *to = *from);
+        let turned = beside(wide, 3, reversed);
+        assert_eq!((turned.as_slice(), turned.as_ptr()), ([0, 0xFF, 0x12].as_slice(), memory), "six bytes hold both");
+        assert_eq!(beside(vec![1, 2, 3], 3, reversed), [3, 2, 1]);
+    }
 
     #[test]
     fn cmyk_corners() {

@@ -1,18 +1,21 @@
 //! TIFF. Rare in caption data, but Pillow's table of kinds is long, so this file is too.
 
 use super::samples::{
-    clip, cmyk_to_rgb, drop_extra, from_grey, from_palette, from_pixels, high_byte, stretch, unpremultiply,
+    beside, clip, cmyk_to_rgb, from_grey, from_palette, high_byte, in_place, keep_high_bytes, opaque, stretch,
+    unpremultiply,
 };
 use super::{DecodeLimits, ImageError};
 use crate::RgbImage;
 use std::borrow::Cow;
 use std::io::Cursor;
 use tiff::ColorType;
-use tiff::decoder::{BufferLayoutPreference, Decoder, DecodingResult, Limits};
+use tiff::decoder::{BufferLayoutPreference, Decoder, DecodingResult, DecodingSampleType, Limits};
 use tiff::tags::Tag;
 use tiff::{TiffError, TiffResult};
 
 const FORMAT: &str = "TIFF";
+
+type Reader<'a> = Decoder<Cursor<Cow<'a, [u8]>>>;
 
 pub(super) fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, ImageError> {
     let mut allocation = Limits::default();
@@ -31,10 +34,17 @@ pub(super) fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, Im
         decoder = Decoder::new(Cursor::new(indices)).map_err(refused)?.with_limits(allocation);
     }
     let color = decoder.colortype().map_err(refused)?;
-    let mut samples = DecodingResult::U8(Vec::new());
-    let layout = decoder.read_image_to_buffer(&mut samples).map_err(refused)?;
-    let image = to_rgb(width, height, color, samples, &layout, &tags)?;
-    Ok(oriented(image, tags.orientation))
+    let layout = decoder.image_buffer_layout().map_err(refused)?;
+    check_kind(color, &layout, &tags)?;
+    if layout.complete_len > bytes_max {
+        return Err(unsupported("its memory layout"));
+    }
+    let size = (width, height);
+    let image = match color {
+        ColorType::Gray(_) => grey(&mut decoder, size, color, &tags)?,
+        _ => colour(&mut decoder, size, color, &layout, &tags)?,
+    };
+    Ok(oriented(filled(image)?, tags.orientation))
 }
 
 /// The tags that change what a sample means.
@@ -84,49 +94,68 @@ fn palette_as_grey(bytes: &[u8]) -> Option<Cow<'static, [u8]>> {
     Some(Cow::Owned(copy))
 }
 
-fn to_rgb(
-    width: usize,
-    height: usize,
+/// Whether there is anything to be made of the samples, before any of them is decoded.
+fn check_kind(color: ColorType, layout: &BufferLayoutPreference, tags: &Tags) -> Result<(), ImageError> {
+    use DecodingSampleType::{F32, I8, I16, I32, U8, U16, U32};
+    match (color, layout.sample_type) {
+        (ColorType::Gray(1 | 2 | 4 | 8), Some(U8)) => Ok(()),
+        _ if tags.palette.is_some() => Err(unsupported("a palette with this sample type")),
+        (ColorType::Gray(8 | 16 | 32), Some(I8 | U16 | I16 | U32 | I32 | F32)) => Ok(()),
+        (ColorType::Gray(_), _) => Err(unsupported("its sample type")),
+        (ColorType::YCbCr(_), _) => Err(unsupported("YCbCr samples")),
+        (ColorType::Lab(_), _) => Err(unsupported("Lab colour")),
+        (ColorType::Multiband { bit_depth: 8, num_samples: 2 }, Some(U8)) if !tags.is_jpeg => Ok(()),
+        (ColorType::RGB(8) | ColorType::RGBA(8) | ColorType::CMYK(8), Some(U8)) => Ok(()),
+        (ColorType::RGB(16) | ColorType::RGBA(16) | ColorType::CMYK(16), Some(U16)) => Ok(()),
+        (ColorType::RGB(_) | ColorType::RGBA(_) | ColorType::CMYK(_), _) => Err(unsupported("its sample type")),
+        _ => Err(unsupported("its combination of channels")),
+    }
+}
+
+/// Grey samples, also the indices of a palette.
+fn grey(
+    decoder: &mut Reader,
+    (width, height): (usize, usize),
     color: ColorType,
-    samples: DecodingResult,
+    tags: &Tags,
+) -> Result<RgbImage, ImageError> {
+    let mut samples = DecodingResult::U8(Vec::new());
+    let layout = decoder.read_image_to_buffer(&mut samples).map_err(refused)?;
+    let (ColorType::Gray(bits), DecodingResult::U8(packed)) = (color, &samples) else {
+        return wide_grey(width, height, samples, tags);
+    };
+    let row_bytes = layout.row_stride.map_or(packed.len(), |stride| stride.get());
+    let values = packed.chunks_exact(row_bytes.max(1)).flat_map(|row| unpack(row, bits).take(width));
+    let value_max = 0xFF >> (8 - bits);
+    Ok(match &tags.palette {
+        Some(palette) => from_palette(width, height, &values.collect::<Vec<_>>(), colours(palette)),
+        None => from_grey(width, height, values.map(|value| stretch(value, value_max))),
+    })
+}
+
+/// Colours and grey with alpha, of 8 or 16 bits. All that becomes of the decoder's samples does so in their own memory.
+fn colour(
+    decoder: &mut Reader,
+    (width, height): (usize, usize),
+    color: ColorType,
     layout: &BufferLayoutPreference,
     tags: &Tags,
 ) -> Result<RgbImage, ImageError> {
-    if let (ColorType::Gray(bits @ (1 | 2 | 4 | 8)), DecodingResult::U8(packed)) = (color, &samples) {
-        let row_bytes = layout.row_stride.map_or(packed.len(), |stride| stride.get());
-        let values = packed.chunks_exact(row_bytes.max(1)).flat_map(|row| unpack(row, bits).take(width));
-        let value_max = 0xFF >> (8 - bits);
-        return filled(match &tags.palette {
-            Some(palette) => from_palette(width, height, &values.collect::<Vec<_>>(), colours(palette)),
-            None => from_grey(width, height, values.map(|value| stretch(value, value_max))),
-        });
+    let mut samples = vec![0; layout.complete_len];
+    decoder.read_image_bytes(&mut samples).map_err(refused)?;
+    if color.bit_depth() == 16 {
+        keep_high_bytes(&mut samples);
     }
-    if tags.palette.is_some() {
-        return Err(unsupported("a palette with this sample type"));
+    let (channels, pixels) = (usize::from(color.num_samples()), width * height);
+    if layout.planes > 1 {
+        samples = beside(samples, channels * pixels, |planes, out| interleave(planes, out, channels));
     }
-    if let ColorType::Gray(_) = color {
-        return filled(wide_grey(width, height, samples, tags)?);
-    }
-    let bytes = match samples {
-        DecodingResult::U8(samples) => samples,
-        DecodingResult::U16(samples) => samples.into_iter().map(high_byte).collect(),
-        _ => return Err(unsupported("its sample type")),
-    };
-    let channels = usize::from(color.num_samples());
-    let bytes = if layout.planes > 1 { interleave(&bytes, channels, width * height) } else { bytes };
-    let quads = || bytes.as_chunks::<4>().0.iter();
-    filled(match color {
-        ColorType::RGBA(_) if tags.premultiplied => {
-            from_pixels(width, height, quads().map(|&pixel| unpremultiply(pixel)))
-        }
-        ColorType::RGB(_) | ColorType::RGBA(_) => drop_extra(width, height, &bytes, channels),
-        ColorType::CMYK(_) => from_pixels(width, height, quads().map(|&pixel| cmyk_to_rgb(pixel))),
-        ColorType::Multiband { bit_depth: 8, num_samples: 2 } if !tags.is_jpeg => {
-            from_grey(width, height, bytes.iter().step_by(2).copied())
-        }
-        ColorType::YCbCr(_) => return Err(unsupported("YCbCr samples")),
-        ColorType::Lab(_) => return Err(unsupported("Lab colour")),
-        _ => return Err(unsupported("its combination of channels")),
+    Ok(match color {
+        ColorType::RGB(_) => RgbImage { width, height, pixels: samples },
+        ColorType::RGBA(_) if tags.premultiplied => in_place(width, height, samples, unpremultiply),
+        ColorType::RGBA(_) => in_place(width, height, samples, opaque),
+        ColorType::CMYK(_) => in_place(width, height, samples, cmyk_to_rgb),
+        _ => from_grey(width, height, samples.iter().step_by(channels).copied()),
     })
 }
 
@@ -162,14 +191,13 @@ fn unpack(row: &[u8], bits: u8) -> impl Iterator<Item = u8> {
 }
 
 /// Planes one after another to pixels.
-fn interleave(planes: &[u8], channels: usize, pixels: usize) -> Vec<u8> {
-    let mut out = vec![0; channels * pixels];
+fn interleave(planes: &[u8], out: &mut [u8], channels: usize) {
+    let pixels = out.len() / channels;
     for (channel, plane) in planes.chunks_exact(pixels).take(channels).enumerate() {
         for (pixel, &sample) in out.chunks_exact_mut(channels).zip(plane) {
             pixel[channel] = sample;
         }
     }
-    out
 }
 
 /// Pillow turns TIFF files (and no others) by their orientation tag.
@@ -186,14 +214,12 @@ fn oriented(image: RgbImage, orientation: u16) -> RgbImage {
         _ => return image,
     };
     let (width, height) = if orientation > 4 { (h, w) } else { (w, h) };
-    let mut pixels = Vec::with_capacity(image.pixels.len());
-    for y in 0..height {
-        for x in 0..width {
-            let (from_x, from_y) = source(x, y);
-            pixels.extend_from_slice(&image.pixels[(from_y * w + from_x) * 3..][..3]);
+    let pixels = beside(image.pixels, w * h * 3, |from, to| {
+        for (at, to) in to.as_chunks_mut::<3>().0.iter_mut().enumerate() {
+            let (from_x, from_y) = source(at % width, at / width);
+            to.copy_from_slice(&from[(from_y * w + from_x) * 3..][..3]);
         }
-    }
-    drop(source);
+    });
     RgbImage { width, height, pixels }
 }
 
