@@ -63,7 +63,6 @@ fn connections_of_strangers_keep_nobody_out() {
         for client in &mut clients {
             assert!(client.get_model_info(trusted(v1::GetModelInfoRequest {})).await.is_ok());
         }
-        assert_eq!(strangers.iter().filter(|one| !is_closed(one)).count(), 1, "one place is left for them");
     });
 }
 
