@@ -12,7 +12,9 @@ pub const CHUNK_URIS: usize = 4;
 /// Shards of a call.
 pub const SHARDS_MAX: usize = 100_000;
 /// Bytes of the names of a call's shards: the call keeps each of them twice, and says it once more.
-pub const SHARD_NAMES_BYTES_MAX: usize = 32 << 20;
+pub const SHARD_NAMES_BYTES_MAX: usize = 16 << 20;
+/// Calls that list folders at a time.
+pub const LISTINGS_MAX: usize = 4;
 /// Files and folders that a call looks at for its shards.
 pub const SHARD_ENTRIES_MAX: usize = 1_000_000;
 /// Chunks read and not yet prepared.

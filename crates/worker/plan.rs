@@ -4,10 +4,11 @@ use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
 use capsieve_store::{Access, ListLimits, Listing, Location, below};
+use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 
 use crate::call::{CallRequest, Source};
-use crate::limits::{SHARD_ENTRIES_MAX, SHARD_NAMES_BYTES_MAX, SHARDS_MAX};
+use crate::limits::{LISTINGS_MAX, SHARD_ENTRIES_MAX, SHARD_NAMES_BYTES_MAX, SHARDS_MAX};
 use crate::resume::Position;
 use crate::{Error, Result};
 
@@ -23,6 +24,9 @@ pub(crate) struct Plan {
     /// Of each shard, where there is a sink.
     pub(crate) outputs: Vec<String>,
 }
+
+/// Calls that list folders at a time: what is found is held until it is known to be too much.
+static LISTINGS: Semaphore = Semaphore::const_new(LISTINGS_MAX);
 
 impl Plan {
     /// Lists the shards and checks what can be checked without reading them.
@@ -49,6 +53,9 @@ impl Plan {
 
 /// The shards of all URIs. One that several of them name, by whatever spelling, is there once.
 async fn list(uris: &[String], access: &Access) -> Result<Vec<Location>> {
+    // Whoever names shards one by one waits for nobody's folders.
+    let folders = uris.iter().any(|uri| uri.ends_with('/'));
+    let _turn = if folders { LISTINGS.acquire().await.ok() } else { None };
     let (mut listing, mut named) = (Listing::new(access.clone(), LIST_LIMITS), HashSet::new());
     for uri in uris.iter().filter(|uri| named.insert(uri.as_str())) {
         listing = listing.add(uri).await?;
