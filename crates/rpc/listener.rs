@@ -3,13 +3,14 @@
 //! nothing later on, see [`crate::activity`], or is in the way of others, see [`crate::places`].
 
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::time::Sleep;
 use tokio_stream::wrappers::ReceiverStream;
@@ -21,6 +22,9 @@ use crate::tls::{Protocol, Tls};
 
 /// What every HTTP/2 client sends first.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// Connections that may wait for a place. One more is dropped by the kernel without a word, and its client tries again after
+/// seconds, so that the few of the default (128) would be a way to keep others out.
+const WAITING_MAX: u32 = 1024;
 /// After a failed accept, for example without file descriptors.
 const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
 
@@ -54,6 +58,16 @@ impl Connected for Connection {
     fn connect_info(&self) -> Arc<Activity> {
         Arc::clone(self.place.activity())
     }
+}
+
+/// Listens on an address.
+pub(crate) fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // As tokio's own does: a port is free again at once.
+    #[cfg(unix)]
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(WAITING_MAX)
 }
 
 /// Accepts until it is aborted. The stream gives connections that are ready.

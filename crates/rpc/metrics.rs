@@ -14,7 +14,6 @@ use axum::serve::{IncomingStream, Listener};
 use capsieve_worker::WorkerInfo;
 use futures::StreamExt;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use tokio::net::TcpListener;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::activity::{Activity, Kind, Patience};
@@ -52,7 +51,7 @@ pub(crate) struct Access {
 /// Begins to count, and to answer on `listen`. Gives the address.
 pub(crate) async fn start(listen: SocketAddr, access: Access) -> Result<SocketAddr, ServeError> {
     let refused = |source| ServeError::Listen { listen, source };
-    let listener = TcpListener::bind(listen).await.map_err(refused)?;
+    let listener = listener::bind(listen).map_err(refused)?;
     let address = listener.local_addr().map_err(refused)?;
     let builder = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS)

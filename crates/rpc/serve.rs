@@ -12,7 +12,6 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use capsieve_worker::Worker;
-use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 use tonic::codec::CompressionEncoding;
@@ -145,7 +144,7 @@ pub async fn serve(
     let ServeOptions { listen, metrics, limits, tokens, open_health, tls } = options;
     let (tokens, tls) = (tokens.map(Arc::new), tls.as_ref().map(Tls::open).transpose()?);
     let refused = |source| ServeError::Listen { listen, source };
-    let listener = TcpListener::bind(listen).await.map_err(refused)?;
+    let listener = listener::bind(listen).map_err(refused)?;
     if let Some(listen) = metrics {
         count(listen, &limits, tokens.clone(), tls.clone()).await?;
     }
