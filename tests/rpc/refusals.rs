@@ -184,6 +184,8 @@ fn every_refused_call_has_a_name_that_is_logged_once() {
         seen.sort();
         seen.dedup();
         assert_eq!(seen.len(), 10, "each has its own: {seen:?}");
+        // The last of them; the log is read by a thread of its own.
+        server.wait_for(&name(&draining));
         let log = server.log.lock().unwrap().clone();
         for name in seen.iter().map(String::as_str).chain(["mine"]) {
             let ends = ["call refused: ", "call ended: "];
