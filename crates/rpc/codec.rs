@@ -22,10 +22,8 @@ use crate::{status, v1};
 pub(crate) const ITEMS_MAX: usize = 16_384;
 /// Captions of all its items at most.
 pub(crate) const CAPTIONS_MAX: usize = 65_536;
-/// `shards.uris` at most; how many are taken is said later, with words of its own.
-const URIS_MAX: usize = 100_000;
-/// `shards.resume_tokens` at most.
-const TOKENS_MAX: usize = 100_000;
+/// `shards.uris` and `shards.resume_tokens` at most, each.
+const SHARDS_MAX: usize = capsieve_worker::limits::SHARDS_MAX;
 /// `heads` at most; there are two, and naming one twice is no error.
 const HEADS_MAX: usize = 16;
 
@@ -170,15 +168,15 @@ impl Counts {
 
     fn item(&mut self, wire: &[u8]) -> Result<(), Refused> {
         fields(wire, |number, _| match number {
-            tag::CAPTIONS => count(&mut self.captions, 1, "pairs.items", CAPTIONS_MAX),
+            tag::CAPTIONS => count(&mut self.captions, 1, "pairs.items.captions", CAPTIONS_MAX),
             _ => Ok(()),
         })
     }
 
     fn shards(&mut self, wire: &[u8]) -> Result<(), Refused> {
         fields(wire, |number, _| match number {
-            tag::URIS => count(&mut self.uris, 1, "shards.uris", URIS_MAX),
-            tag::RESUME_TOKENS => count(&mut self.tokens, 1, "shards.resume_tokens", TOKENS_MAX),
+            tag::URIS => count(&mut self.uris, 1, "shards.uris", SHARDS_MAX),
+            tag::RESUME_TOKENS => count(&mut self.tokens, 1, "shards.resume_tokens", SHARDS_MAX),
             _ => Ok(()),
         })
     }

@@ -71,32 +71,34 @@ impl Outbox {
         }
     }
 
-    /// No more comes: the client sees the end behind what he has not taken yet, if he takes it within `patience`.
-    pub(crate) async fn end(mut self, status: Option<Status>, patience: Option<Duration>) {
-        let Some(kept) = self.kept.upgrade() else { return };
+    /// No more comes: the client sees the end behind what he has not taken yet, if he takes it within `patience`; an error if
+    /// he did not.
+    pub(crate) async fn end(mut self, status: Option<Status>, patience: Option<Duration>) -> Result<(), Status> {
+        let Some(kept) = self.kept.upgrade() else { return Ok(()) };
         lock(&kept).end = status;
         drop(kept);
         // Only now does he see it.
         self.messages = None;
-        let Some(patience) = patience else { return };
-        if tokio::time::timeout(patience, &mut self.gone).await.is_err()
-            && let Some(kept) = self.kept.upgrade()
-        {
-            give_up(&mut lock(&kept));
+        let Some(patience) = patience else { return Ok(()) };
+        match (tokio::time::timeout(patience, &mut self.gone).await, self.kept.upgrade()) {
+            (Err(_), Some(kept)) => give_up(&mut lock(&kept)),
+            _ => Ok(()),
         }
     }
 }
 
 /// The messages make room; a client that comes back finds out, and goes on by what he has.
-fn give_up(kept: &mut Kept) {
+fn give_up(kept: &mut Kept) -> Result<(), Status> {
     let mut lost = false;
     while kept.received.try_recv().is_ok() {
         lost = true;
     }
+    kept.place = None;
     if lost {
         kept.end = Some(stalled());
+        return Err(stalled());
     }
-    kept.place = None;
+    Ok(())
 }
 
 fn stalled() -> Status {

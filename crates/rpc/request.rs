@@ -1,5 +1,6 @@
 //! A request as the worker takes it, or the field that cannot be.
 
+use capsieve_worker::limits::URI_BYTES_MAX;
 use capsieve_worker::{CallRequest, ColumnOptions, Heads, Pair, PairImage, Sink, Source, Thresholds};
 use tonic::Status;
 
@@ -11,11 +12,6 @@ use crate::v1::score_batch_request::Source as Given;
 /// Bytes of a key and of a request id at most.
 const KEY_BYTES_MAX: usize = 4096;
 const REQUEST_ID_BYTES_MAX: usize = 256;
-/// URIs of a request at most, and tokens: one for each shard that a call may have.
-const URIS_MAX: usize = capsieve_worker::limits::SHARDS_MAX;
-const TOKENS_MAX: usize = capsieve_worker::limits::SHARDS_MAX;
-/// Bytes of a URI at most.
-const URI_BYTES_MAX: usize = 4096;
 /// Bytes of a column's name at most.
 const COLUMN_BYTES_MAX: usize = 1024;
 
@@ -111,14 +107,8 @@ fn shards(given: v1::ParquetShards) -> Result<Source, Status> {
     if given.uris.is_empty() {
         return Err(bad_field("shards.uris", "at least one is required"));
     }
-    if given.uris.len() > URIS_MAX {
-        return Err(bad_field("shards.uris", format!("at most {URIS_MAX}: name a prefix, or make several calls")));
-    }
     for (i, uri) in given.uris.iter().enumerate() {
         check_uri(&format!("shards.uris[{i}]"), uri)?;
-    }
-    if given.resume_tokens.len() > TOKENS_MAX {
-        return Err(bad_field("shards.resume_tokens", format!("at most {TOKENS_MAX}: make several calls")));
     }
     let name = |name: String| (!name.is_empty()).then_some(name);
     let v1::ColumnMapping { image, caption, key } = given.columns.unwrap_or_default();

@@ -43,14 +43,14 @@ impl Scoring {
         let deadline = request.extensions().get::<Deadline>().map(|deadline| deadline.0);
         let call = request::convert(request.into_inner(), worker.info().heads)?;
         let format = Format { heads: call.heads, thresholds: call.thresholds };
-        let opening = worker.call(call);
-        let opened = match deadline {
-            Some(deadline) => tokio::time::timeout_at(deadline.into(), opening)
-                .await
-                .map_err(|_| status::late("the call's deadline passed while its shards were listed"))?,
-            None => opening.await,
+        let mut phase = self.phase.clone();
+        let call = tokio::select! {
+            opened = worker.call(call) => opened.map_err(|error| status::of(&error))?,
+            () = stream::expired(deadline) => {
+                return Err(status::late("the call's deadline passed while its shards were listed"));
+            }
+            _ = phase.wait_for(|phase| *phase == Phase::Cut) => return Err(status::draining()),
         };
-        let call = opened.map_err(|error| status::of(&error))?;
         let (info, shards) = (worker.info(), call.shards());
         tracing::info!(shards = shards.len(), "call accepted");
         let started = v1::ScoreStarted {

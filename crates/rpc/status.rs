@@ -19,6 +19,9 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// The status of what ended a call.
 pub fn of(error: &Error) -> Status {
+    if let Error::NamesMemory = error {
+        return exhausted(error.to_string());
+    }
     let (code, reason) = code(error);
     let mut details = reasoned(reason);
     if let (Code::InvalidArgument, Some(field)) = (code, field(error)) {
@@ -99,6 +102,7 @@ fn of_store(error: &StoreError) -> (Code, &'static str) {
         | StoreError::Cut { .. }
         | StoreError::Encrypted { .. }
         | StoreError::Corrupt { .. }
+        | StoreError::LongFooter { .. }
         | StoreError::Malformed { .. } => (Code::FailedPrecondition, "SHARD_UNREADABLE"),
         StoreError::MetadataOnly { .. }
         | StoreError::NoColumn { .. }
@@ -136,6 +140,12 @@ pub(crate) fn with_reason(code: Code, reason: &str, why: impl Into<String>) -> S
 /// A call whose deadline passed.
 pub(crate) fn late(why: impl Into<String>) -> Status {
     with_reason(Code::DeadlineExceeded, "DEADLINE", why)
+}
+
+/// A call that the worker's end cuts.
+pub(crate) fn draining() -> Status {
+    let why = "the worker ends: go on with another one by the resume tokens";
+    with_reason(Code::Unavailable, "DRAINING", why)
 }
 
 fn reasoned(reason: &str) -> ErrorDetails {

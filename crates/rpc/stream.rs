@@ -3,7 +3,6 @@
 //! Whatever the client does, the call ends: at its deadline, when the client is gone or takes nothing for long, when a drain runs
 //! out. Nothing but its own call waits for a slow client.
 
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use capsieve_worker::{Event, Events, Progress, ShardDone};
@@ -43,14 +42,18 @@ impl Driver {
         let (patience, request_id) = (self.stall_timeout, self.request_id.clone());
         let (outbox, messages) = outbox(place, patience);
         let work = async move {
-            let sent = self.run(&outbox).await;
-            ended(sent.as_ref().err());
-            let patience = match &sent {
-                Ok(()) => patience,
-                Err(status) if outbox::is_stalled(status) => Some(Duration::ZERO),
-                Err(_) => Some(patience.map_or(FAILED_PATIENCE, |patience| patience.min(FAILED_PATIENCE))),
+            let Err(status) = self.run(&outbox).await else {
+                // Done is what the client has.
+                ended(outbox.end(None, patience).await.err().as_ref());
+                return;
             };
-            outbox.end(sent.err().map(|status| status::for_request(status, &request_id)), patience).await;
+            ended(Some(&status));
+            let patience = match outbox::is_stalled(&status) {
+                true => Duration::ZERO,
+                false => patience.map_or(FAILED_PATIENCE, |patience| patience.min(FAILED_PATIENCE)),
+            };
+            // What it was that he did not hear is said already.
+            drop(outbox.end(Some(status::for_request(status, &request_id)), Some(patience)).await);
         };
         tokio::spawn(work.in_current_span());
         messages
@@ -61,13 +64,8 @@ impl Driver {
         let (mut phase, deadline) = (self.phase.clone(), self.deadline);
         let stop = async {
             tokio::select! {
-                () = expired(deadline) => {
-                    status::with_reason(Code::DeadlineExceeded, "DEADLINE", "the call's deadline passed")
-                }
-                _ = phase.wait_for(|phase| *phase == Phase::Cut) => {
-                    let why = "the worker ends: go on with another one by the resume tokens";
-                    status::with_reason(Code::Unavailable, "DRAINING", why)
-                }
+                () = expired(deadline) => status::late("the call's deadline passed"),
+                _ = phase.wait_for(|phase| *phase == Phase::Cut) => status::draining(),
                 () = outbox.closed() => Status::cancelled("the client is gone"),
             }
         };
@@ -140,7 +138,8 @@ pub(crate) fn ended(status: Option<&Status>) {
     tracing::info!(?code, "call ended: {}", status.message());
 }
 
-async fn expired(deadline: Option<Instant>) {
+/// Returns at the deadline, if there is one.
+pub(crate) async fn expired(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
         None => std::future::pending().await,
@@ -179,8 +178,7 @@ fn shard_done(done: ShardDone) -> v1::ShardDone {
 }
 
 fn add(summary: &mut v1::ScoreSummary, done: &v1::ShardDone) {
-    let failed: BTreeMap<&String, &u64> = done.errors.iter().collect();
-    for (status, rows) in failed {
+    for (status, rows) in &done.errors {
         *summary.errors.entry(status.clone()).or_default() += rows;
     }
     summary.rows += done.rows;

@@ -81,6 +81,14 @@ pub enum Error {
         /// The store's answer.
         source: object_store::Error,
     },
+    /// A footer that takes too much memory.
+    #[error("{uri} has a footer of more than {limit} bytes, write it with fewer columns or larger row groups")]
+    LongFooter {
+        /// The shard.
+        uri: String,
+        /// The most that is read.
+        limit: u64,
+    },
     /// Any other answer of a store.
     #[error("{uri} cannot be reached")]
     Store {
@@ -141,7 +149,9 @@ pub enum Error {
         reason: &'static str,
     },
     /// More shards than one call takes.
-    #[error("more than {limit} {what} in one call, at {uri}: make several calls, or name a deeper prefix")]
+    #[error(
+        "more than {limit} {what} in one call, at {uri}: make several calls, name a deeper prefix, or start the worker with a larger --memory-limit"
+    )]
     TooManyShards {
         /// The prefix or shard with which there were too many.
         uri: String,
@@ -149,6 +159,12 @@ pub enum Error {
         limit: usize,
         /// Of what.
         what: &'static str,
+    },
+    /// Whoever asked is gone.
+    #[error("nobody waits for what {uri} names any more")]
+    Unwanted {
+        /// The prefix or shard.
+        uri: String,
     },
     /// The bytes are something else.
     #[error("{uri} is not a Parquet file")]
@@ -389,6 +405,13 @@ pub enum Error {
 }
 
 impl Error {
+    /// The input is another one than before.
+    pub(crate) fn changed(uri: &str) -> Self {
+        let source =
+            object_store::Error::Precondition { path: uri.to_owned(), source: "another version is there now".into() };
+        Self::Changed { uri: uri.to_owned(), source }
+    }
+
     /// Sorts a store's answer about `uri` into the cases a person can act on.
     pub(crate) fn store(uri: &str, source: object_store::Error) -> Self {
         let uri = uri.to_owned();

@@ -1,25 +1,36 @@
 //! A shard's footer: schema, row groups, metadata. Tells apart what is not Parquet, what is cut off, and what is damaged.
 //! Reads no pages.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use arrow_schema::SchemaRef;
 use parquet::DecodeResult;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
+use parquet::basic::Encoding;
 use parquet::errors::ParquetError;
 use parquet::file::metadata::{
     ColumnChunkMetaData, PageIndexPolicy, ParquetMetaData, ParquetMetaDataPushDecoder, RowGroupMetaData,
 };
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::output::SCORE_ERROR;
+use crate::views::with_views;
 use crate::{Error, Location, ObjectInfo, Result};
 
+/// Bytes of a footer at most: its columns times its row groups, about a hundred bytes each. It is several times as large
+/// when it is read.
+const FOOTER_BYTES_MAX: u64 = 64 << 20;
 /// Read from the end at once: the footer of most shards, so that opening one costs one request.
 const TAIL_BYTES: u64 = 64 << 10;
 const MAGIC: &[u8] = b"PAR1";
 const MAGIC_ENCRYPTED: &[u8] = b"PARE";
 /// Magic, footer length, magic: no Parquet file is shorter.
 const FILE_BYTES_MIN: u64 = 12;
+
+/// Bytes of a footer that is long ...
+const FOOTER_BYTES_LONG: u64 = 1 << 20;
+/// ... so that only one of them is read at a time: until its rows are asked for, nobody accounts for it.
+static LONG_FOOTERS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(1)));
 
 /// Columns by their place in the schema; none: all.
 pub(crate) type Roots<'a> = Option<&'a [usize]>;
@@ -30,6 +41,8 @@ pub struct Footer {
     pub(crate) location: Location,
     pub(crate) info: ObjectInfo,
     pub(crate) metadata: ArrowReaderMetadata,
+    /// The same, for reading strings and bytes as views.
+    pub(crate) reading: ArrowReaderMetadata,
 }
 
 impl Footer {
@@ -40,11 +53,23 @@ impl Footer {
     pub async fn read(location: &Location) -> Result<Self> {
         let info = location.head().await?;
         let metadata = read_metadata(location, &info).await?;
-        let metadata = contained(location, move || {
+        let opened = contained(location, move || {
             check_ranges(&metadata)?;
-            arrow_metadata(Arc::new(metadata))
+            let metadata = arrow_metadata(Arc::new(metadata))?;
+            let reading = viewed(&metadata);
+            Ok((metadata, reading))
         });
-        Ok(Self { location: location.clone(), info, metadata: metadata.await? })
+        let (metadata, reading) = opened.await?;
+        Ok(Self { location: location.clone(), info, metadata, reading })
+    }
+
+    /// Reads it again; the object must be the one it was.
+    pub(crate) async fn again(location: &Location, info: &ObjectInfo) -> Result<Self> {
+        let footer = Self::read(location).await?;
+        match footer.info == *info {
+            true => Ok(footer),
+            false => Err(Error::changed(location.uri())),
+        }
     }
 
     /// The Arrow schema, with the file's key-value metadata.
@@ -127,7 +152,13 @@ impl Footer {
     }
 
     fn decoded_bytes(&self, group: &RowGroupMetaData, roots: Roots<'_>) -> u64 {
-        self.leaves(group, roots).map(|column| count(column.uncompressed_size())).fold(0, u64::saturating_add)
+        let bytes = |column: &ColumnChunkMetaData| {
+            // Stored as what it has in common with the one before, a value is larger than it looks.
+            let prefixed = column.encodings().any(|encoding| encoding == Encoding::DELTA_BYTE_ARRAY);
+            let unencoded = column.unencoded_byte_array_data_bytes().filter(|_| prefixed).map(count);
+            count(column.uncompressed_size()).max(unencoded.unwrap_or_default())
+        };
+        self.leaves(group, roots).map(bytes).fold(0, u64::saturating_add)
     }
 
     /// Size, entity tag and time of the object.
@@ -167,19 +198,27 @@ async fn read_metadata(location: &Location, info: &ObjectInfo) -> Result<Parquet
     let corrupt = |source| Error::Corrupt { uri: location.uri().to_owned(), source };
     let decoder = ParquetMetaDataPushDecoder::try_new(info.size).map_err(corrupt)?;
     let mut decoder = decoder.with_page_index_policy(PageIndexPolicy::Skip);
+    let mut turn: Option<OwnedSemaphorePermit> = None;
     // The tail, then at most the rest of a long footer; the bound only guards against a decoder that never has enough.
     for _ in 0..4 {
-        let step = contained(location, move || {
+        let decoded = contained(location, move || {
             decoder.push_range(range, bytes)?;
-            decoder.try_decode().map(|step| (decoder, step))
+            // What nobody waits for any more is still decoded to its end: the turn is over only then.
+            decoder.try_decode().map(|step| (decoder, step, turn))
         });
-        let (next, step) = step.await?;
-        decoder = next;
+        let step;
+        (decoder, step, turn) = decoded.await?;
         range = match step {
             DecodeResult::Data(metadata) => return Ok(metadata),
             DecodeResult::NeedsData(ranges) if ranges.len() == 1 && ranges[0].end <= info.size => ranges[0].clone(),
             _ => break,
         };
+        if range.end - range.start > FOOTER_BYTES_MAX {
+            return Err(Error::LongFooter { uri: location.uri().to_owned(), limit: FOOTER_BYTES_MAX });
+        }
+        if range.end - range.start > FOOTER_BYTES_LONG && turn.is_none() {
+            turn = Arc::clone(&LONG_FOOTERS).acquire_owned().await.ok();
+        }
         bytes = location.get_range(range.clone(), info.e_tag.as_deref()).await?;
     }
     Err(corrupt(ParquetError::EOF("the footer does not end".to_owned())))
@@ -223,6 +262,12 @@ fn arrow_metadata(metadata: Arc<ParquetMetaData>) -> Result<ArrowReaderMetadata,
     let options = || ArrowReaderOptions::new().with_page_index_policy(PageIndexPolicy::Skip);
     ArrowReaderMetadata::try_new(Arc::clone(&metadata), options())
         .or_else(|_| ArrowReaderMetadata::try_new(metadata, options().with_skip_arrow_metadata(true)))
+}
+
+/// The same with views; without, where the library takes some column only as it is.
+fn viewed(metadata: &ArrowReaderMetadata) -> ArrowReaderMetadata {
+    let options = ArrowReaderOptions::new().with_schema(Arc::new(with_views(metadata.schema())));
+    ArrowReaderMetadata::try_new(Arc::clone(metadata.metadata()), options).unwrap_or_else(|_| metadata.clone())
 }
 
 /// Runs Parquet code on a blocking thread. It computes, and on bytes that contradict each other the library may panic

@@ -27,6 +27,7 @@ mod reader;
 mod rows;
 mod stats;
 mod upload;
+mod views;
 mod writer;
 
 pub use access::Access;
@@ -34,7 +35,7 @@ pub use columns::{CaptionKind, ColumnOptions, Columns, ImageKind};
 pub use error::{Error, Result};
 pub use footer::Footer;
 pub use hub::{FileProgress, HubConfig, fetch_model, fetch_model_with};
-pub use listing::{ListLimits, Listing};
+pub use listing::{ListLimits, Listing, URI_BYTES_MAX};
 pub use location::{Location, ObjectInfo, below};
 pub use output::{CaptionScore, OutputHeads, OutputOptions, RowScore};
 pub use reader::{Batches, ShardReader};

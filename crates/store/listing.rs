@@ -5,11 +5,16 @@ use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs::FileType;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use crate::access::blocking;
 use crate::location::below;
 use crate::{Access, Error, Location, Result};
+
+/// Bytes of a shard's URI at most: of a longer one no call can ask again for what is left of it.
+pub const URI_BYTES_MAX: usize = 4096;
+const LONG_URI: &str =
+    "it is longer than 4096 bytes, letters that a URI has to encode counted three times for each byte";
 
 /// The most that one call lists.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +39,8 @@ pub struct Listing {
     folders: HashSet<PathBuf>,
     name_bytes: usize,
     entries: usize,
+    /// Gone when nobody waits for the listing any more.
+    wanted: Weak<()>,
 }
 
 /// A prefix, as its errors name it, and its folder.
@@ -46,7 +53,7 @@ impl Listing {
     /// Nothing yet.
     pub fn new(access: Access, limits: ListLimits) -> Self {
         let (shards, known, folders) = (Vec::new(), HashSet::new(), HashSet::new());
-        Self { access, limits, shards, known, folders, name_bytes: 0, entries: 0 }
+        Self { access, limits, shards, known, folders, name_bytes: 0, entries: 0, wanted: Weak::new() }
     }
 
     /// Adds what `uri` names: one shard, or every `*.parquet` below a prefix that ends in '/', but for hidden ones ('.' or
@@ -55,16 +62,19 @@ impl Listing {
     /// # Errors
     /// As [`Access::open`]; a prefix without a shard or with one that cannot be used; more than the limits.
     pub async fn add(mut self, uri: &str) -> Result<Self> {
-        let uri = uri.to_owned();
+        let (uri, waiting) = (uri.to_owned(), Arc::new(()));
+        self.wanted = Arc::downgrade(&waiting);
         // Names are resolved link by link, with calls of the system that block.
-        blocking(move || {
+        let listed = blocking(move || {
             match uri.ends_with('/') {
                 true => self.add_prefix(&uri)?,
                 false => self.keep(self.access.open(&uri)?)?,
             }
             Ok(self)
-        })
-        .await
+        });
+        let listed = listed.await;
+        drop(waiting);
+        listed
     }
 
     /// The shards.
@@ -108,6 +118,7 @@ impl Listing {
         for entry in std::fs::read_dir(folder).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             self.entries += 1;
+            self.check_limits(prefix.uri)?;
             let name = entry.file_name();
             if name.as_encoded_bytes().starts_with(b".") || name.as_encoded_bytes().starts_with(b"_") {
                 continue;
@@ -117,8 +128,8 @@ impl Listing {
                 self.name_bytes += name.len();
                 kept.push((name, kind));
             }
-            self.check_limits(prefix.uri)?;
         }
+        self.check_limits(prefix.uri)?;
         kept.sort_unstable_by(|(left, _), (right, _)| left.cmp(right));
         Ok(kept)
     }
@@ -145,6 +156,9 @@ impl Listing {
     }
 
     fn keep(&mut self, shard: Location) -> Result<()> {
+        if shard.uri().len() > URI_BYTES_MAX {
+            return Err(Error::Uri { uri: shard.uri().to_owned(), reason: LONG_URI });
+        }
         if shard.real_file().is_none_or(|file| self.known.insert(file)) {
             self.name_bytes += shard.uri().len();
             self.shards.push(shard);
@@ -153,6 +167,9 @@ impl Listing {
     }
 
     fn check_limits(&self, uri: &str) -> Result<()> {
+        if self.wanted.strong_count() == 0 {
+            return Err(Error::Unwanted { uri: uri.to_owned() });
+        }
         let ListLimits { shards, name_bytes, entries } = self.limits;
         let counts = [
             (self.shards.len(), shards, "shards"),

@@ -279,7 +279,8 @@ impl Location {
         }
     }
 
-    pub(crate) fn uri(&self) -> &str {
+    /// As the user gave it.
+    pub fn uri(&self) -> &str {
         &self.uri
     }
 

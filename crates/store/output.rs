@@ -16,9 +16,10 @@ use std::sync::Arc;
 
 use arrow_array::builder::{Float32Builder, ListBuilder};
 use arrow_array::{ArrayRef, BooleanArray, Float32Array, Int32Array, RecordBatch, StringArray};
+use arrow_cast::cast;
 use arrow_schema::{ArrowError, DataType, Field, FieldRef, Schema, SchemaRef};
 
-use crate::{CaptionKind, Columns, Error, Result, features};
+use crate::{CaptionKind, Columns, Error, Result, features, views};
 
 const ITM_SCORE: &str = "itm_score";
 const COSINE_SCORE: &str = "cosine_score";
@@ -85,6 +86,8 @@ pub struct RowScore {
 /// The layout of one output shard.
 pub(crate) struct Layout {
     schema: SchemaRef,
+    /// The same as it is encoded: what is carried over comes as views.
+    encoded: SchemaRef,
     /// Input columns that are carried over.
     carried: Vec<usize>,
     lists: bool,
@@ -108,8 +111,14 @@ impl Layout {
         let fields: Vec<FieldRef> =
             carried.iter().map(|index| Arc::clone(&input.fields()[*index])).chain(scores.iter().cloned()).collect();
         let metadata = metadata(input, &fields, &scores, options);
+        let (plain, scores) = fields.split_at(carried.len());
+        let encoded: Vec<FieldRef> = plain.iter().map(views::field).chain(scores.iter().cloned()).collect();
         let schema = Arc::new(Schema::new_with_metadata(fields, metadata));
-        Ok(Self { schema, carried, lists, options: options.clone() })
+        Ok(Self { schema, encoded: Arc::new(Schema::new(encoded)), carried, lists, options: options.clone() })
+    }
+
+    pub(crate) fn encoded(&self) -> &SchemaRef {
+        &self.encoded
     }
 
     pub(crate) fn schema(&self) -> &SchemaRef {
@@ -119,7 +128,17 @@ impl Layout {
     /// The output rows, and how many of them are kept.
     pub(crate) fn build(&self, input: &RecordBatch, rows: &[RowScore]) -> Result<(RecordBatch, u64), ArrowError> {
         assert_eq!(input.num_rows(), rows.len(), "one score for each row");
-        let mut arrays: Vec<ArrayRef> = self.carried.iter().map(|index| Arc::clone(input.column(*index))).collect();
+        let carried = self.carried.iter().zip(self.encoded.fields());
+        // A file that could not be read as views, or a caller with rows of its own.
+        let viewed = |(index, field): (&usize, &FieldRef)| {
+            let column = input.column(*index);
+            let plain = column.data_type() != field.data_type();
+            if plain && views::data_type(column.data_type()) == *field.data_type() {
+                return cast(column, field.data_type());
+            }
+            Ok(Arc::clone(column))
+        };
+        let mut arrays = carried.map(viewed).collect::<Result<Vec<ArrayRef>, _>>()?;
         let keep: Vec<bool> = rows.iter().map(|row| self.keeps(row)).collect();
         let heads = self.options.heads;
         if heads.itm {
@@ -136,7 +155,7 @@ impl Layout {
         }
         arrays.push(Arc::new(rows.iter().map(|row| Some(row.status)).collect::<StringArray>()));
         arrays.push(Arc::new(rows.iter().map(|row| row.error.as_deref()).collect::<StringArray>()));
-        let batch = RecordBatch::try_new(Arc::clone(&self.schema), arrays)?;
+        let batch = RecordBatch::try_new(Arc::clone(&self.encoded), arrays)?;
         Ok((batch, keep.iter().filter(|keep| **keep).count() as u64))
     }
 

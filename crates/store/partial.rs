@@ -50,10 +50,13 @@ impl Partial {
 impl Drop for Partial {
     fn drop(&mut self) {
         let hidden = self.hidden.as_ref().and_then(Location::as_file);
-        if let Some((folder, file)) = hidden.and_then(|file| file.parent().zip(file.file_name())) {
-            let name = file.to_string_lossy();
-            let prefix = name.strip_suffix(SUFFIX).unwrap_or(&name);
-            found(folder, prefix, 0).for_each(|path| drop(std::fs::remove_file(path)));
+        let Some(file) = hidden.map(|file| file.as_os_str().to_owned()) else { return };
+        // No other run has this name, so the store counts no further than one. Not looked for in the folder, which may hold
+        // many files: this may be one of the threads that all calls share.
+        for suffix in ["", "#1"] {
+            let mut file = file.clone();
+            file.push(suffix);
+            drop(std::fs::remove_file(file));
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Streams the rows of a shard, one row group in memory at a time. All columns are read, in the types they were written
-//! from, because the output carries them on unchanged.
+//! Streams the rows of a shard, one row group in memory at a time. All columns are read, because the output carries them
+//! on unchanged; strings and bytes come as views of their pages, see [`crate::views`].
 
 use std::ops::Range;
 
@@ -14,6 +14,7 @@ use parquet::arrow::push_decoder::{ParquetPushDecoder, ParquetPushDecoderBuilder
 use parquet::errors::ParquetError;
 
 use crate::footer::contained;
+use crate::views::own;
 use crate::{ColumnOptions, Columns, Error, Footer, Location, ObjectInfo, Result};
 
 /// Decoded bytes of an average batch at most, whatever number of rows the caller asks for.
@@ -96,7 +97,9 @@ impl ShardReader {
     /// All rows without the vocabulary of streams.
     pub fn into_batches(self, batch_rows: usize) -> Batches {
         let batch_rows = self.batch_rows(batch_rows);
-        Batches { footer: self.footer, roots: self.roots, batch_rows, state: State::New, rows: 0 }
+        let (location, info) = (self.footer.location.clone(), self.footer.info.clone());
+        let rows_all = self.rows();
+        Batches { location, info, roots: self.roots, batch_rows, state: State::Opened(self.footer), rows: 0, rows_all }
     }
 
     /// The rows from row `first` on; row groups before it are not read.
@@ -127,27 +130,32 @@ impl ShardReader {
 
 /// The rows of a shard that were not read yet.
 pub struct Batches {
-    footer: Footer,
+    location: Location,
+    info: ObjectInfo,
     roots: Option<Vec<usize>>,
     batch_rows: usize,
     state: State,
     /// Rows given out or skipped.
     rows: u64,
+    /// Rows of the shard.
+    rows_all: u64,
 }
 
 enum State {
-    New,
+    /// Nothing is held.
+    Closed,
+    Opened(Footer),
     /// The decoder wants these bytes, or none, before it goes on.
     Ready(Box<ParquetPushDecoder>, Vec<Range<u64>>, Vec<Bytes>),
     Done,
 }
 
 impl Batches {
-    /// Gives up the memory of the row group that is read. The next rows come as if nothing had happened, but their row group
-    /// is read again.
+    /// Gives up all memory: that of the row group that is read, and the footer's. The next rows come as if nothing had
+    /// happened, but both are read again.
     pub fn pause(&mut self) {
         if !matches!(self.state, State::Done) {
-            self.state = State::New;
+            self.state = State::Closed;
         }
     }
 
@@ -158,15 +166,24 @@ impl Batches {
     pub async fn next(&mut self) -> Result<Option<RecordBatch>> {
         loop {
             let (mut decoder, ranges, data) = match std::mem::replace(&mut self.state, State::Done) {
-                State::New => {
-                    (build(&self.footer, self.roots.clone(), self.rows, self.batch_rows).await?, Vec::new(), Vec::new())
+                State::Closed => {
+                    self.state = State::Opened(Footer::again(&self.location, &self.info).await?);
+                    continue;
+                }
+                State::Opened(footer) => {
+                    let decoder = build(footer, self.roots.clone(), self.rows, self.batch_rows).await?;
+                    (decoder, Vec::new(), Vec::new())
                 }
                 State::Ready(decoder, ranges, data) => (decoder, ranges, data),
                 State::Done => return Ok(None),
             };
-            let step = contained(&self.footer.location, move || {
+            let step = contained(&self.location, move || {
                 decoder.push_ranges(ranges, data)?;
-                decoder.try_decode().map(|step| (decoder, step))
+                let step = match decoder.try_decode()? {
+                    DecodeResult::Data(batch) => DecodeResult::Data(own(&batch)?),
+                    other => other,
+                };
+                Ok((decoder, step))
             });
             let (decoder, step) = step.await?;
             match step {
@@ -176,12 +193,12 @@ impl Batches {
                     return Ok(Some(batch));
                 }
                 DecodeResult::NeedsData(ranges) => {
-                    let data = fetch(&self.footer, &ranges).await?;
+                    let data = fetch(&self.location, &self.info, &ranges).await?;
                     self.state = State::Ready(decoder, ranges, data);
                 }
-                DecodeResult::Finished if self.rows == self.footer.rows() => return Ok(None),
+                DecodeResult::Finished if self.rows == self.rows_all => return Ok(None),
                 DecodeResult::Finished => {
-                    return Err(corrupt(&self.footer, "the pages hold another number of rows than the footer says"));
+                    return Err(corrupt(&self.location, "the pages hold another number of rows than the footer says"));
                 }
             }
         }
@@ -189,33 +206,32 @@ impl Batches {
 }
 
 async fn build(
-    footer: &Footer,
+    footer: Footer,
     roots: Option<Vec<usize>>,
     first: u64,
     batch_rows: usize,
 ) -> Result<Box<ParquetPushDecoder>> {
-    let metadata = footer.metadata.clone();
     let (groups, skipped) = footer.row_groups_from(first);
+    let Footer { location, reading: metadata, .. } = footer;
     let build = move || {
         let schema = metadata.metadata().file_metadata().schema_descr_ptr();
         let mask = roots.map_or_else(ProjectionMask::all, |roots| ProjectionMask::roots(&schema, roots));
         let builder = ParquetPushDecoderBuilder::new_with_metadata(metadata).with_batch_size(batch_rows);
         builder.with_projection(mask).with_row_groups(groups).with_offset(skipped).build().map(Box::new)
     };
-    contained(&footer.location, build).await
+    contained(&location, build).await
 }
 
 /// Few large requests: column chunks that lie close together are fetched at once.
-async fn fetch(footer: &Footer, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
-    let (location, info) = (&footer.location, &footer.info);
+async fn fetch(location: &Location, info: &ObjectInfo, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
     if ranges.iter().any(|range| range.start > range.end || range.end > info.size) {
-        return Err(corrupt(footer, "a column chunk lies outside of the file"));
+        return Err(corrupt(location, "a column chunk lies outside of the file"));
     }
     let fetch = |range| location.get_range(range, info.e_tag.as_deref());
     coalesce_ranges(ranges, fetch, OBJECT_STORE_COALESCE_DEFAULT).await
 }
 
-fn corrupt(footer: &Footer, reason: &str) -> Error {
-    let uri = footer.location.uri().to_owned();
+fn corrupt(location: &Location, reason: &str) -> Error {
+    let uri = location.uri().to_owned();
     Error::Corrupt { uri, source: ParquetError::General(reason.to_owned()) }
 }

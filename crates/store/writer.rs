@@ -11,7 +11,8 @@ use std::sync::Arc;
 use arrow_array::RecordBatch;
 use arrow_schema::SchemaRef;
 use object_store::ObjectStoreExt;
-use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_writer::ArrowWriterOptions;
+use parquet::arrow::{ArrowWriter, add_encoded_arrow_schema_to_metadata};
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::errors::ParquetError;
 use parquet::file::metadata::KeyValue;
@@ -68,7 +69,7 @@ impl ShardWriter {
             return Err(Error::Exists { uri: location.uri().to_owned() });
         }
         let properties = properties(&layout, image_path(input, columns));
-        let encoder = ArrowWriter::try_new(Vec::new(), Arc::clone(layout.schema()), Some(properties));
+        let encoder = ArrowWriter::try_new_with_options(Vec::new(), Arc::clone(layout.encoded()), properties);
         let encoder = encoder.map_err(|source| Error::Encode { uri: location.uri().to_owned(), source })?;
         let partial = Partial::new(location);
         let upload = Upload::start(partial.location()).await;
@@ -180,7 +181,7 @@ fn image_path(input: &SchemaRef, columns: &Columns) -> Option<ColumnPath> {
     }
 }
 
-fn properties(layout: &Layout, image: Option<ColumnPath>) -> WriterProperties {
+fn properties(layout: &Layout, image: Option<ColumnPath>) -> ArrowWriterOptions {
     let mut entries: Vec<KeyValue> = layout
         .schema()
         .metadata()
@@ -200,5 +201,8 @@ fn properties(layout: &Layout, image: Option<ColumnPath>) -> WriterProperties {
             .set_column_dictionary_enabled(image.clone(), false)
             .set_column_statistics_enabled(image, EnabledStatistics::None);
     }
-    properties.build()
+    let mut properties = properties.build();
+    // Readers get the types of the input, not those of the batches that are encoded.
+    add_encoded_arrow_schema_to_metadata(layout.schema(), &mut properties);
+    ArrowWriterOptions::new().with_properties(properties).with_skip_arrow_metadata(true)
 }

@@ -153,8 +153,8 @@ impl Rows {
         let (mut images, mut captions) = (Vec::new(), Vec::new());
         while let Some(batch) = batches.next().await.transpose()? {
             let column = |name: &str| batch.column_by_name(name).expect("a bundled column");
-            images.extend(column("image").as_binary::<i32>().iter().flatten().map(<[u8]>::to_vec));
-            captions.extend(column("caption").as_string::<i32>().iter().flatten().map(str::to_owned));
+            images.extend(column("image").as_binary_view().iter().flatten().map(<[u8]>::to_vec));
+            captions.extend(column("caption").as_string_view().iter().flatten().map(str::to_owned));
         }
         Ok(Self { images: images.iter().map(|image| Some(image.as_slice())).collect(), captions: captions.into() })
     }

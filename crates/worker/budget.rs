@@ -59,11 +59,20 @@ impl Budget {
 
     /// Waits for `bytes`. What is larger than all that one may have takes all of it: alone it may go on.
     pub(crate) async fn take(&self, bytes: usize) -> Held {
+        self.take_or(bytes, || ()).await
+    }
+
+    /// The same; calls `waits` first where it is not there at once, for memory that is better not held meanwhile.
+    pub(crate) async fn take_or(&self, bytes: usize, waits: impl FnOnce()) -> Held {
         let Some(shared) = &self.0 else { return Held::default() };
-        let units = u32::try_from(bytes.div_ceil(UNIT_BYTES)).unwrap_or(u32::MAX).min(shared.for_all());
+        if let Some(held) = self.try_take(bytes) {
+            return held;
+        }
+        waits();
+        let units = shared.units_of(bytes);
         let of = |semaphore: &Arc<Semaphore>| Arc::clone(semaphore).acquire_many_owned(units);
         let _waiting = Waiting::new(&shared.waiting);
-        let permit = if units <= shared.units / SMALL {
+        let permit = if shared.is_small(units) {
             tokio::select! {
                 biased;
                 permit = of(&shared.room) => permit,
@@ -73,6 +82,15 @@ impl Budget {
             of(&shared.room).await
         };
         Held(Some(permit.expect("the semaphores are never closed")))
+    }
+
+    /// `bytes`, if they are there now; never before those who wait.
+    pub(crate) fn try_take(&self, bytes: usize) -> Option<Held> {
+        let Some(shared) = &self.0 else { return Some(Held::default()) };
+        let units = shared.units_of(bytes);
+        let of = |semaphore: &Arc<Semaphore>| Arc::clone(semaphore).try_acquire_many_owned(units).ok();
+        let permit = of(&shared.room).or_else(|| of(&shared.reserve).filter(|_| shared.is_small(units)));
+        permit.map(|permit| Held(Some(permit)))
     }
 
     /// Whether somebody waits for room.
@@ -90,6 +108,14 @@ impl Budget {
 }
 
 impl Shared {
+    fn units_of(&self, bytes: usize) -> u32 {
+        u32::try_from(bytes.div_ceil(UNIT_BYTES)).unwrap_or(u32::MAX).min(self.for_all())
+    }
+
+    fn is_small(&self, units: u32) -> bool {
+        units <= self.units / SMALL
+    }
+
     fn for_all(&self) -> u32 {
         self.units - self.units / RESERVE
     }

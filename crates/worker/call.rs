@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use capsieve_engine::Heads;
-use capsieve_store::{ColumnOptions, Columns, Location, ObjectInfo, RowScore, ShardReader, key_texts};
+use capsieve_store::{ColumnOptions, Columns, Location, ObjectInfo, RowScore, ShardReader, below, key_texts};
 use futures::stream;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::task::JoinHandle;
@@ -62,6 +62,13 @@ pub struct Sink {
     pub drop_images: bool,
     /// Replaces outputs that are there.
     pub overwrite: bool,
+}
+
+impl Sink {
+    /// Where the output of a shard goes.
+    pub(crate) fn output(&self, shard: &Location) -> String {
+        if self.uri.ends_with('/') { below(&self.uri, shard.file_name()) } else { self.uri.clone() }
+    }
 }
 
 /// What a call gives, in order.
@@ -126,7 +133,7 @@ impl Call {
         if (request.heads.itm && !loaded.itm) || (request.heads.cosine && !loaded.cosine) {
             return Err(Error::HeadNotLoaded);
         }
-        let plan = Plan::new(&request, worker.access()).await?;
+        let plan = Plan::new(&request, worker.access(), worker.names()).await?;
         Ok(Self { worker, request, plan, progress: Progress::default() })
     }
 
@@ -229,7 +236,8 @@ impl Call {
     /// A shard to a scored shard.
     async fn write_shard(&self, number: usize, sink: &Sink, events: &Sender<Result<Event>>) -> Result<()> {
         let (engine, access) = (self.worker.engine(), self.worker.access());
-        let (location, output) = (&self.plan.shards[number], &self.plan.outputs[number]);
+        let location = &self.plan.shards[number];
+        let output = &sink.output(location);
         let written = self.plan.tokens.get(&location.to_string()).is_some_and(|token| token.done);
         let mut job = ScoreJob {
             input: location.to_string(),

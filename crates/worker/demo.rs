@@ -152,7 +152,7 @@ async fn read(output: &Path) -> Result<Vec<DemoRow>> {
 /// The shard is our own, so its columns are known.
 fn demo_rows(batch: &RecordBatch) -> Vec<DemoRow> {
     let column = |name: &str| batch.column_by_name(name).expect("a column of the bundled shard or of our output");
-    let text = |name: &str| column(name).as_string::<i32>();
+    let text = |name: &str| column(name).as_string_view();
     let (keys, captions, noise) = (text("key"), text("caption"), text("noise"));
     let matches = column("is_match").as_boolean();
     let score = |name: &str| column(name).as_primitive::<Float32Type>().clone();

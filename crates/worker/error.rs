@@ -104,6 +104,9 @@ pub enum Error {
         /// The prefix.
         input: String,
     },
+    /// Other calls have the memory for names of shards.
+    #[error("the calls in flight have too many shards together: ask again, or raise --memory-limit")]
+    NamesMemory,
     /// A row group larger than the memory for it.
     #[error(
         "a row group of {uri} takes {bytes} bytes, the worker holds at most {limit}: write it with smaller ones, or raise --memory-limit"

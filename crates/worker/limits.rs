@@ -4,6 +4,8 @@
 
 use std::time::Duration;
 
+pub use capsieve_store::URI_BYTES_MAX;
+
 /// Rows that travel together: enough to keep every core decoding, few enough that their pixels (0.44 MB each at 384 px)
 /// stay small beside the model.
 pub const CHUNK_ROWS: usize = 32;
@@ -11,10 +13,16 @@ pub const CHUNK_ROWS: usize = 32;
 pub const CHUNK_URIS: usize = 4;
 /// Shards of a call.
 pub const SHARDS_MAX: usize = 100_000;
-/// Bytes of the names of a call's shards: the call keeps each of them twice, and says it once more.
+/// Bytes of the names of a call's shards.
 pub const SHARD_NAMES_BYTES_MAX: usize = 16 << 20;
-/// Calls that list folders at a time.
-pub const LISTINGS_MAX: usize = 4;
+/// A call has each name as the user gave it, as a file's, and in its answer.
+pub const NAME_COPIES: usize = 3;
+/// What a shard takes beside its name.
+pub const SHARD_BYTES: usize = 256;
+/// Calls that list folders at a time: how much a folder holds is known only then.
+pub const LISTINGS_MAX: usize = 2;
+/// Bytes of the reason why a row has no score.
+pub const REASON_BYTES_MAX: usize = 1024;
 /// Files and folders that a call looks at for its shards.
 pub const SHARD_ENTRIES_MAX: usize = 1_000_000;
 /// Chunks read and not yet prepared.

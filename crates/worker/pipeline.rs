@@ -13,21 +13,21 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Instant;
 
-use arrow_array::RecordBatch;
+use arrow_array::{ArrayRef, RecordBatch, StringArray};
 use bytes::Bytes;
 use capsieve_store::{
-    Access, CaptionCell, Columns, ImageCell, InputRow, Location, ObjectInfo, RowScore, ShardWriter, Written,
+    Access, CaptionCell, Columns, ImageCell, InputRow, Location, ObjectInfo, RowScore, ShardWriter, Written, key_texts,
 };
 use futures::{StreamExt, stream};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task::spawn_blocking;
 
 use crate::budget::{Budget, Held};
 use crate::limits::{
     CAPTION_BYTES, CHUNKS_PREPARED, CHUNKS_READ, FETCHES, IMAGE_BYTES_MAX, READER_STALLS, TOKENS_MAX, chunks_max,
     chunks_open,
 };
+use crate::plan::blocking;
 use crate::prepare::{Fault, Preparer, ReadyRow, chain};
 use crate::queue::Share;
 use crate::rows::Rows;
@@ -183,7 +183,11 @@ async fn read(
     loop {
         let ticket = ticket(&tickets, &mut input).await;
         let start = Instant::now();
-        let Some(batch) = input.next().await? else { return Ok(seconds) };
+        let batch = tokio::select! {
+            batch = input.next() => batch?,
+            () = out.closed() => return Ok(seconds),
+        };
+        let Some(batch) = batch else { return Ok(seconds) };
         let (addresses, captions) = look(&batch, columns)?;
         let found = locate(addresses, images).await;
         let looking = start.elapsed().as_secs_f64();
@@ -191,7 +195,11 @@ async fn read(
         let fetching = found.iter().map(Found::bytes).sum::<usize>();
         // Asked for at once: who holds a part and waits for another could wait for ever.
         let bytes = batch.num_rows() * pixel_bytes + batch.get_array_memory_size() + captions;
-        let mut held = budget.take(bytes + fetching).await;
+        let mut held = tokio::select! {
+            held = budget.take(bytes + fetching) => held,
+            // What comes behind has failed: that is not to wait for memory which nobody will use.
+            () = out.closed() => return Ok(seconds),
+        };
         let fetching = held.split(fetching);
         let start = Instant::now();
         let fetched = stream::iter(found.into_iter().map(Found::fetch)).buffered(FETCHES).collect().await;
@@ -242,11 +250,11 @@ async fn locate(addresses: Vec<Option<String>>, images: &Images) -> Vec<Found> {
     }
     // Names are resolved link by link, with calls of the system that block.
     let images = images.clone();
-    let resolving = spawn_blocking(move || {
+    let resolving = blocking(move || {
         let resolve = |address: Option<String>| Some(images.access.resolve(images.beside.as_ref(), &address?));
         addresses.into_iter().map(resolve).collect::<Vec<_>>()
     });
-    let resolved = resolving.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+    let resolved = resolving.await;
     let look = |location: Option<capsieve_store::Result<Location>>| async move {
         let found = async {
             let location = location?;
@@ -290,7 +298,7 @@ async fn prepare(
     while let Some(chunk) = chunks.recv().await {
         let (mut prepared, taken) = preparer.chunk(&turn, chunk, columns).await?;
         if let Some(kept) = &kept {
-            prepared.batch = prepared.batch.project(kept).expect("the key is a column of the shard");
+            prepared.batch = texts(&prepared.batch, kept);
         }
         stage("decode", taken);
         seconds += taken;
@@ -299,6 +307,18 @@ async fn prepare(
         }
     }
     Ok(seconds)
+}
+
+/// Columns as texts of bounded length, for those who hold them long.
+fn texts(batch: &RecordBatch, columns: &[usize]) -> RecordBatch {
+    let text = |column: &usize| {
+        let texts: StringArray = key_texts(batch.column(*column)).into_iter().map(Some).collect();
+        (batch.schema_ref().field(*column).name().clone(), Arc::new(texts) as ArrayRef)
+    };
+    if columns.is_empty() {
+        return batch.project(&[]).expect("no columns are a part of any");
+    }
+    RecordBatch::try_from_iter(columns.iter().map(text)).expect("columns of one batch are equally long")
 }
 
 /// A chunk in the engines' queue.

@@ -3,13 +3,14 @@
 
 use std::panic::catch_unwind;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use capsieve_engine::{Heads, PairScore};
 use capsieve_prep::{DecodeLimits, ImageSpec, Tokenizer};
 use capsieve_store::{CaptionCell, CaptionScore, Columns, ImageCell, InputRow, RowScore};
 
-use crate::limits::{BATCH_TOKENS, CAPTION_BYTES_MAX, CAPTIONS_MAX, IMAGE_PIXELS_MAX, PART_PAIRS};
+use crate::limits::{BATCH_TOKENS, CAPTION_BYTES_MAX, CAPTIONS_MAX, IMAGE_PIXELS_MAX, PART_PAIRS, REASON_BYTES_MAX};
 use crate::pipeline::{Chunk, Prepared};
 use crate::threads::{Threads, Turn};
 use crate::{Error, Result};
@@ -38,7 +39,9 @@ pub(crate) struct Fault {
 
 impl Fault {
     pub(crate) fn new(status: &'static str, reason: impl Into<String>) -> Self {
-        Self { status, reason: reason.into() }
+        let mut reason = reason.into();
+        reason.truncate(reason.floor_char_boundary(REASON_BYTES_MAX));
+        Self { status, reason }
     }
 
     pub(crate) fn into_row(self) -> RowScore {
@@ -138,7 +141,10 @@ impl Preparer {
         };
         let (mut rows, mut seconds) = (Vec::with_capacity(input.0.num_rows()), 0.0);
         for done in self.threads.run(turn, (0..input.0.num_rows()).map(task)) {
-            let (row, taken) = done.await.expect("a row's preparation does not break down");
+            // What other people's code makes of odd bytes is a bad row, not the end of the job.
+            let broken =
+                || (Ok(Err(Fault::new("decode_failed", "the preparation broke down on this row"))), Duration::ZERO);
+            let (row, taken) = done.await.unwrap_or_else(|_| broken());
             rows.push(row?);
             seconds += taken.as_secs_f64();
         }

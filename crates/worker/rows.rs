@@ -1,7 +1,8 @@
 //! Where a job's rows come from, and the memory that reading a shard takes.
 //!
 //! A row group is held as it is stored while its rows are read. Calls take turns with that memory: one whose scores nobody
-//! takes gives it up, and so does one that has had it for long while another waits. What was given up is read again later.
+//! takes gives it up, and so does one that has had it for long while another waits. What was given up is read again later, the
+//! footer too.
 
 use std::time::Instant;
 
@@ -54,6 +55,12 @@ impl ShardRows {
         let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
         Ok(Self { batches: reader.into_batches_from(first, rows), budget: budget.clone(), bytes, held: None })
     }
+
+    /// Gives up all memory, the footer's too.
+    pub(crate) fn release(&mut self) {
+        self.batches.pause();
+        self.held = None;
+    }
 }
 
 impl Rows for ShardRows {
@@ -62,7 +69,8 @@ impl Rows for ShardRows {
             self.pause();
         }
         if self.held.is_none() {
-            self.held = Some((self.budget.take(self.bytes).await, Instant::now()));
+            let held = self.budget.take_or(self.bytes, || self.batches.pause()).await;
+            self.held = Some((held, Instant::now()));
         }
         Ok(self.batches.next().await?)
     }
@@ -72,13 +80,6 @@ impl Rows for ShardRows {
         if self.budget.is_wanted() {
             self.release();
         }
-    }
-}
-
-impl ShardRows {
-    fn release(&mut self) {
-        self.batches.pause();
-        self.held = None;
     }
 }
 
@@ -125,8 +126,9 @@ mod tests {
             let paused = all(&mut rows(), true).await;
             let count = |batches: &[RecordBatch]| batches.iter().map(RecordBatch::num_rows).sum::<usize>() as u64;
             assert_eq!((count(&whole), count(&paused)), (reader.rows() - first, reader.rows() - first));
-            let schema = reader.schema();
-            let join = |batches: &[RecordBatch]| arrow_select::concat::concat_batches(schema, batches).unwrap();
+            let join = |batches: &[RecordBatch]| {
+                batches.first().map(|batch| arrow_select::concat::concat_batches(batch.schema_ref(), batches).unwrap())
+            };
             assert!(join(&whole) == join(&paused), "from row {first}");
         }
         assert_eq!(budget.free(), free, "all is given back");

@@ -16,6 +16,7 @@ use crate::engine::Pool;
 use crate::limits::{OUTPUT_BYTES, OUTPUT_BYTES_MIN};
 use crate::model::hex;
 use crate::pipeline::{self, Images, Output, Stages, Totals};
+use crate::plan::blocking;
 use crate::prepare::Preparer;
 use crate::rows::ShardRows;
 use crate::{CaptionPolicy, EngineChoice, Error, LoadedModel, Precision, Progress, Result, StoreError, engine_options};
@@ -176,10 +177,16 @@ pub(crate) struct OpenShard {
 
 /// Opens input and output, and looks whether the work is done.
 pub(crate) async fn open(job: &ScoreJob, (hash, precision): (&str, Precision), access: &Access) -> Result<Opened> {
-    let (input, output) = (access.open(&job.input)?, access.open(&job.output)?);
-    if input.same_object(&output) {
-        return Err(Error::SameObject { uri: output.to_string() });
-    }
+    let (access, names) = (access.clone(), (job.input.clone(), job.output.clone()));
+    // Names are resolved link by link, with calls of the system that block.
+    let (input, output) = blocking(move || {
+        let (input, output) = (access.open(&names.0)?, access.open(&names.1)?);
+        match input.same_object(&output) {
+            true => Err(Error::SameObject { uri: output.to_string() }),
+            false => Ok((input, output)),
+        }
+    })
+    .await?;
     let reader = ShardReader::open(&input, &job.columns).await?;
     let fingerprint = fingerprint(job, hash, precision, reader.object_info());
     if !job.overwrite && output.exists().await? {
@@ -210,8 +217,8 @@ impl OpenShard {
     ) -> Result<Outcome> {
         let Self { input, output, reader, writer, fingerprint } = self;
         let (rows, columns, info) = (reader.rows(), reader.columns().clone(), reader.object_info().clone());
-        let input_rows = ShardRows::new(reader, 0, &engine.row_groups)?;
-        let _held = engine.outputs.take(output_bytes(&info)).await;
+        let mut input_rows = ShardRows::new(reader, 0, &engine.row_groups)?;
+        let _held = engine.outputs.take_or(output_bytes(&info), || input_rows.release()).await;
         progress.start(rows);
         let start = Instant::now();
         let stages = Stages {

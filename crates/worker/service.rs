@@ -9,6 +9,7 @@ use capsieve_store::{Access, ColumnOptions};
 use crate::budget::Budget;
 use crate::call::{Call, CallRequest};
 use crate::engine::{Pool, engine_options};
+use crate::plan::Names;
 use crate::prepare::Preparer;
 use crate::score::SharedEngine;
 use crate::{CaptionPolicy, EngineChoice, LoadedModel, Result, ScoreJob, Thresholds};
@@ -26,8 +27,8 @@ pub struct WorkerOptions {
     pub engine: EngineChoice,
     /// How long a row waits for others to share its batch with.
     pub latency: Duration,
-    /// Bytes that calls hold together, beside the model and the messages themselves: half for chunks of rows, a quarter for row
-    /// groups, a quarter for outputs.
+    /// Bytes that calls hold together, beside the model and the messages themselves: a half for chunks of rows, a quarter for row
+    /// groups, three sixteenths for outputs, the rest for names of shards.
     pub memory_bytes: u64,
     /// What calls may read and write.
     pub access: Access,
@@ -61,6 +62,7 @@ pub struct Worker {
     engine: SharedEngine,
     info: WorkerInfo,
     options: WorkerOptions,
+    names: Names,
 }
 
 impl Worker {
@@ -78,16 +80,17 @@ impl Worker {
         let devices: Vec<&str> = infos.iter().map(|info| info.device.as_str()).collect();
         let parts = (model.image.clone(), model.tokenizer.clone());
         let preparer = Preparer::new(options.engine.threads, parts, config.text.positions, options.policy)?;
-        let part = |of: u64| Budget::new(usize::try_from(options.memory_bytes / of).unwrap_or(usize::MAX));
+        let bytes = |parts: u64, of: u64| usize::try_from(options.memory_bytes / of * parts).unwrap_or(usize::MAX);
+        let part = |parts, of| Budget::new(bytes(parts, of));
         let engine = SharedEngine {
             hash: model.hash()?,
             device: devices.join(", "),
             precision: engines.precision,
             pool: Pool::start(scorers, Some(options.latency), engines.devices[0] != Device::Cpu),
             preparer: Arc::new(preparer),
-            budget: part(2),
-            row_groups: part(4),
-            outputs: part(4),
+            budget: part(1, 2),
+            row_groups: part(1, 4),
+            outputs: part(3, 16),
         };
         let info = WorkerInfo {
             model: model.name.clone(),
@@ -100,7 +103,8 @@ impl Worker {
             tokens_max: config.text.positions,
             batch_images: engine.pool.queue().info().images_max,
         };
-        Ok(Arc::new(Self { engine, info, options }))
+        let names = Names::new(bytes(1, 16));
+        Ok(Arc::new(Self { engine, info, options, names }))
     }
 
     /// What it serves.
@@ -129,6 +133,10 @@ impl Worker {
     /// Returns when an engine broke down: then nothing is scored any more, and the process had better end.
     pub async fn broke_down(&self) {
         self.engine.pool.queue().broke_down().await;
+    }
+
+    pub(crate) fn names(&self) -> &Names {
+        &self.names
     }
 
     pub(crate) fn engine(&self) -> &SharedEngine {

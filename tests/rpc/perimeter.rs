@@ -117,7 +117,7 @@ fn small_on_the_wire_is_not_large_in_memory() {
         let channel = connect(&server).await;
         for (message, name) in [
             (field(1, &empty(1)), "pairs.items"),
-            (field(1, &field(1, &empty(4))), "pairs.items"),
+            (field(1, &field(1, &empty(4))), "pairs.items.captions"),
             (field(2, &empty(1)), "shards.uris"),
             (field(2, &empty(3)), "shards.resume_tokens"),
             ([0x18, 1].repeat(most / 2), "heads"),

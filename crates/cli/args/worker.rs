@@ -69,7 +69,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, env = "CAPSIEVE_STALL_TIMEOUT", value_name = "SECONDS", default_value_t = 900.0, value_parser = any_seconds)]
     pub(crate) stall_timeout: f64,
     /// Bytes that all calls hold together beside the model and the requests: half for rows, a quarter for row groups that are
-    /// read, a quarter for outputs
+    /// read, the rest for outputs and names of shards
     #[arg(long, env = "CAPSIEVE_MEMORY_LIMIT", value_name = "BYTES", default_value_t = 4 << 30, value_parser = memory)]
     pub(crate) memory_limit: u64,
     /// How long a pair waits for others to share its batch with, in milliseconds

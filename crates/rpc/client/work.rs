@@ -19,7 +19,7 @@ use crate::v1::score_batch_response::Event;
 /// for the rest of the request.
 const REQUEST_BYTES_MAX: usize = 8 << 20;
 /// Shards of a request, as the contract says.
-const REQUEST_SHARDS_MAX: usize = 100_000;
+const REQUEST_SHARDS_MAX: usize = capsieve_worker::limits::SHARDS_MAX;
 /// Bytes around a string or a token in a message: its field and its length.
 const FIELD_BYTES: usize = 6;
 

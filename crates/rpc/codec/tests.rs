@@ -6,7 +6,7 @@ use prost::encoding::{WireType, encode_key, encode_varint};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
-use super::{CAPTIONS_MAX, HEADS_MAX, ITEMS_MAX, TOKENS_MAX, URIS_MAX, decode};
+use super::{CAPTIONS_MAX, HEADS_MAX, ITEMS_MAX, SHARDS_MAX, decode};
 use crate::v1;
 use crate::v1::image_captions::Image;
 use crate::v1::score_batch_request::Source;
@@ -78,8 +78,8 @@ fn as_many_as_are_taken_and_one_more() {
     let (item, caption, uri, token) = (field(1, &[]), field(4, &[]), field(1, &[]), field(3, &[]));
     for (part, most, number, name) in [
         (&item, ITEMS_MAX, 1, "pairs.items"),
-        (&uri, URIS_MAX, 2, "shards.uris"),
-        (&token, TOKENS_MAX, 2, "shards.resume_tokens"),
+        (&uri, SHARDS_MAX, 2, "shards.uris"),
+        (&token, SHARDS_MAX, 2, "shards.resume_tokens"),
     ] {
         assert!(request(field(number, &part.repeat(most))).is_ok(), "{name}");
         assert_eq!(refused(field(number, &part.repeat(most + 1))), name);
@@ -92,7 +92,7 @@ fn as_many_as_are_taken_and_one_more() {
     // Captions of all items count together.
     let of = |captions: usize| field(1, &field(1, &caption.repeat(captions)));
     assert!(request([of(CAPTIONS_MAX - 1), of(1)].concat()).is_ok());
-    assert_eq!(refused([of(CAPTIONS_MAX), of(1)].concat()), "pairs.items");
+    assert_eq!(refused([of(CAPTIONS_MAX), of(1)].concat()), "pairs.items.captions");
 }
 
 #[test]
