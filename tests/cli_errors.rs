@@ -319,11 +319,11 @@ fn what_this_build_lacks_is_said() {
     let input = folder.path("in.parquet").display().to_string();
     let here = folder.0.path().display().to_string();
     assert_failed(&folder.score(MODEL, "in.parquet", &["--precision", "bf16"]), &["bf16", "f32"], "bf16");
-    assert_failed(&folder.score(MODEL, "in.parquet", &["--input", &input]), &["one shard per run"], "two inputs");
+    assert_failed(&folder.score(MODEL, "in.parquet", &["--input", &input]), &["name a prefix"], "two inputs");
     for prefix in [here.clone(), format!("{here}/"), format!("{here}/*.parquet")] {
         let ran =
             capsieve(&["score", "--model", MODEL, "--input", &prefix, "--output", &format!("{here}/out.parquet")]);
-        assert_failed(&ran, &["one shard per run"], &prefix);
+        assert_failed(&ran, &["out.parquet lies below the input prefix"], &prefix);
     }
     assert_eq!(names(folder.0.path()), ["in.parquet"]);
 }

@@ -7,6 +7,7 @@ mod card;
 mod checkpoint;
 mod cli;
 mod cli_errors;
+mod dataset;
 mod demo;
 mod model;
 mod ops;

@@ -1,5 +1,6 @@
 //! The options of every command. Each also reads the environment variable `CAPSIEVE_<OPTION>`.
 
+mod score;
 mod worker;
 
 use std::path::PathBuf;
@@ -8,6 +9,7 @@ use capsieve_worker::{DeviceChoice, EngineChoice, Heads, ItmToken, Precision, Sy
 use clap::builder::FalseyValueParser;
 use clap::{ArgAction, Args as Group, Parser, Subcommand, ValueEnum};
 
+pub(crate) use score::{OnShardError, ScoreArgs};
 pub(crate) use worker::{ServeArgs, SubmitArgs};
 
 /// Scores image-caption pairs with BLIP's image-text matching model, so that noisy captions can be thrown out.
@@ -93,51 +95,6 @@ pub(crate) struct DemoArgs {
     /// Threads of the engine and of the preparation; 0: one per core
     #[arg(long, env = "CAPSIEVE_THREADS", value_name = "N", default_value_t = 0, value_parser = threads)]
     pub(crate) threads: usize,
-}
-
-#[derive(Debug, Group)]
-pub(crate) struct ScoreArgs {
-    /// A checkpoint folder, a hub id, or synthetic:tiny|base|large[:SEED]
-    #[arg(long, env = "CAPSIEVE_MODEL")]
-    pub(crate) model: String,
-    /// The shard to score: a path or file:// URI of a Parquet file
-    #[arg(long, env = "CAPSIEVE_INPUT", value_name = "URI", required = true, num_args = 1..)]
-    pub(crate) input: Vec<String>,
-    /// Where the scored shard goes
-    #[arg(long, env = "CAPSIEVE_OUTPUT", value_name = "URI")]
-    pub(crate) output: String,
-    #[command(flatten)]
-    pub(crate) columns: ColumnArgs,
-    /// Scores to compute
-    #[arg(long, env = "CAPSIEVE_HEADS", value_delimiter = ',', default_value = "itm,cosine")]
-    pub(crate) heads: Vec<Head>,
-    /// Least itm_score of a row to keep, 0 to 1; adds the column keep
-    #[arg(long, env = "CAPSIEVE_MIN_ITM", value_name = "X", value_parser = probability)]
-    pub(crate) min_itm: Option<f32>,
-    /// Least cosine_score of a row to keep, -1 to 1; adds the column keep
-    #[arg(long, env = "CAPSIEVE_MIN_COSINE", value_name = "X", value_parser = cosine, allow_negative_numbers = true)]
-    pub(crate) min_cosine: Option<f32>,
-    /// Leaves the image column out of the output
-    #[arg(long, env = "CAPSIEVE_DROP_IMAGES", value_parser = FalseyValueParser::new(), action = ArgAction::SetTrue)]
-    pub(crate) drop_images: bool,
-    /// What a row without a score does: its scores are null, or the job fails
-    #[arg(long, env = "CAPSIEVE_ON_ERROR", value_name = "ACTION", default_value = "null")]
-    pub(crate) on_error: OnError,
-    /// First token of the matching head: cls as transformers, enc as the published weights were trained
-    #[arg(long, env = "CAPSIEVE_ITM_TOKEN", value_name = "TOKEN", default_value = "cls")]
-    pub(crate) itm_token: Token,
-    /// Replaces an output that is there
-    #[arg(long, env = "CAPSIEVE_OVERWRITE", value_parser = FalseyValueParser::new(), action = ArgAction::SetTrue)]
-    pub(crate) overwrite: bool,
-    /// Cuts longer captions to N tokens, the first and last marker included, instead of refusing them
-    #[arg(long, env = "CAPSIEVE_MAX_CAPTION_TOKENS", value_name = "N", value_parser = caption_tokens)]
-    pub(crate) max_caption_tokens: Option<usize>,
-    /// Images with more pixels are refused before they are decoded
-    #[arg(long, env = "CAPSIEVE_MAX_IMAGE_PIXELS", value_name = "N", value_parser = pixels,
-          default_value_t = capsieve_worker::limits::IMAGE_PIXELS_MAX)]
-    pub(crate) max_image_pixels: u64,
-    #[command(flatten)]
-    pub(crate) engine: EngineArgs,
 }
 
 #[derive(Debug, Group)]

@@ -1,8 +1,6 @@
 //! A running job as a person sees it: a bar on a terminal, a log line now and then elsewhere.
 
 use std::io::{IsTerminal, stderr};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use capsieve_worker::Progress;
@@ -12,33 +10,14 @@ const TICK: Duration = Duration::from_millis(200);
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 const BAR: &str = "{wide_bar} {pos}/{len} rows, {msg}";
 
-/// Shards of a job that has several; a clone shows the same ones.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Shards {
-    done: Arc<AtomicU32>,
-    total: Arc<AtomicU32>,
-}
-
-impl Shards {
-    pub(crate) fn show(&self, done: u32, total: u32) {
-        self.done.store(done, Ordering::Relaxed);
-        self.total.store(total, Ordering::Relaxed);
-    }
-
-    /// ", 3 of 10 shards", or nothing where there are none.
-    fn words(&self) -> String {
-        let (done, total) = (self.done.load(Ordering::Relaxed), self.total.load(Ordering::Relaxed));
-        if total == 0 { String::new() } else { format!(", {done} of {total} shards") }
-    }
+/// ", 3 of 10 shards", or nothing where there is just one.
+fn shards(progress: &Progress) -> String {
+    let (done, total) = progress.shards();
+    if total == 0 { String::new() } else { format!(", {done} of {total} shards") }
 }
 
 /// Runs `job` to its end and shows `progress` meanwhile.
 pub(crate) async fn shown<T>(progress: &Progress, job: impl Future<Output = T>) -> T {
-    shown_with(progress, &Shards::default(), job).await
-}
-
-/// The same of a job of several shards.
-pub(crate) async fn shown_with<T>(progress: &Progress, shards: &Shards, job: impl Future<Output = T>) -> T {
     tokio::pin!(job);
     let bar = stderr().is_terminal().then(bar);
     let mut ticks = tokio::time::interval(TICK);
@@ -55,9 +34,9 @@ pub(crate) async fn shown_with<T>(progress: &Progress, shards: &Shards, job: imp
             // The clock starts when the shard is open and the model loaded.
             _ = ticks.tick() => match &bar {
                 _ if progress.rows_total() == 0 => (start, logged) = (Instant::now(), Instant::now()),
-                Some(bar) => State::now(progress, shards, start).draw(bar),
+                Some(bar) => State::now(progress, start).draw(bar),
                 None if logged.elapsed() >= LOG_INTERVAL => {
-                    State::now(progress, shards, start).log();
+                    State::now(progress, start).log();
                     logged = Instant::now();
                 }
                 None => {}
@@ -71,6 +50,13 @@ fn bar() -> ProgressBar {
     ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr()).with_style(style)
 }
 
+/// Rows of all shards, of which only some were opened: the others are taken to be like them.
+fn rows_of_all(progress: &Progress) -> u64 {
+    let ((_, total), opened) = (progress.shards(), progress.opened());
+    let rows = progress.rows_total();
+    if opened == 0 || total == 0 { rows } else { rows.max(rows.saturating_mul(u64::from(total)) / u64::from(opened)) }
+}
+
 struct State {
     rows: u64,
     total: u64,
@@ -82,8 +68,9 @@ struct State {
 }
 
 impl State {
-    fn now(progress: &Progress, shards: &Shards, start: Instant) -> Self {
-        let (rows, total, seconds) = (progress.rows(), progress.rows_total(), start.elapsed().as_secs_f64().max(1e-9));
+    fn now(progress: &Progress, start: Instant) -> Self {
+        let (rows, seconds) = (progress.rows(), start.elapsed().as_secs_f64().max(1e-9));
+        let total = rows_of_all(progress);
         let left = seconds / rows.max(1) as f64 * total.saturating_sub(rows) as f64;
         // A clock of whole seconds; a shard does not take longer than its cap.
         let left = (rows > 0).then(|| Duration::from_secs(left.min(1e9) as u64));
@@ -93,7 +80,7 @@ impl State {
             failed: progress.failed(),
             pairs_per_second: progress.pairs() as f64 / seconds,
             left: left.map_or_else(|| "?".to_owned(), |left| HumanDuration(left).to_string()),
-            shards: shards.words(),
+            shards: shards(progress),
         }
     }
 
@@ -117,9 +104,12 @@ mod tests {
 
     #[test]
     fn shards_show_where_there_are_any() {
-        let shards = Shards::default();
-        assert_eq!(shards.words(), "");
-        shards.show(3, 10);
-        assert_eq!(shards.clone().words(), ", 3 of 10 shards");
+        let progress = Progress::default();
+        progress.show(100, 0, 400, 100);
+        assert_eq!((shards(&progress).as_str(), rows_of_all(&progress)), ("", 400));
+        progress.show_shards(3, 10);
+        assert_eq!(shards(&progress), ", 3 of 10 shards");
+        progress.show_opened(4);
+        assert_eq!(rows_of_all(&progress), 1000, "as many rows in each as in those that were opened");
     }
 }

@@ -13,7 +13,7 @@ use parquet::file::metadata::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::output::SCORE_ERROR;
+use crate::output::{COSINE_SCORE, ITM_SCORE, SCORE_ERROR};
 use crate::views::with_views;
 use crate::{Error, Location, ObjectInfo, Result};
 
@@ -84,9 +84,19 @@ impl Footer {
 
     /// Rows of a scored shard that have no score: those with a `score_error`. None where the file does not count nulls.
     pub fn failed_rows(&self) -> Option<u64> {
+        self.values(SCORE_ERROR)
+    }
+
+    /// Captions of a scored shard that have a score. None where the file does not count nulls.
+    pub fn scored_pairs(&self) -> Option<u64> {
+        self.values(ITM_SCORE).or_else(|| self.values(COSINE_SCORE))
+    }
+
+    /// Values of a column that are not null, on whatever level.
+    fn values(&self, root: &str) -> Option<u64> {
         let metadata = self.metadata.metadata();
         let mut columns = metadata.file_metadata().schema_descr().columns().iter();
-        let index = columns.position(|column| column.path().parts() == [SCORE_ERROR])?;
+        let index = columns.position(|column| column.path().parts().first().is_some_and(|name| name == root))?;
         let count = |group: &RowGroupMetaData| {
             let chunk = group.column(index);
             u64::try_from(chunk.num_values()).ok()?.checked_sub(chunk.statistics()?.null_count_opt()?)

@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod answers;
 mod columns;
 mod error;
 mod features;
@@ -35,10 +36,10 @@ pub use columns::{CaptionKind, ColumnOptions, Columns, ImageKind};
 pub use error::{Error, Result};
 pub use footer::Footer;
 pub use hub::{FileProgress, HubConfig, fetch_model, fetch_model_with};
-pub use listing::{ListLimits, Listing, URI_BYTES_MAX};
-pub use location::{Location, ObjectInfo, below};
-pub use output::{CaptionScore, OutputHeads, OutputOptions, RowScore};
-pub use reader::{Batches, ShardReader};
+pub use listing::{ListLimits, Listing, URI_BYTES_MAX, is_pattern, pattern_prefix};
+pub use location::{Location, ObjectInfo, below, parts_below};
+pub use output::{CaptionScore, KEEP, OutputHeads, OutputOptions, RowScore, SCORE_STATUS};
+pub use reader::{Batches, ShardReader, value_counts};
 pub use rows::{CaptionCell, ImageCell, InputRow, key_texts, row, rows};
-pub use stats::{check_stats, stats_location, write_stats};
+pub use stats::{check_stats, has_stats, stats_location, write_stats};
 pub use writer::{ShardWriter, Written};

@@ -7,6 +7,8 @@ use std::fs::FileType;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
+use globset::{GlobBuilder, GlobMatcher};
+
 use crate::access::blocking;
 use crate::location::below;
 use crate::{Access, Error, Location, Result};
@@ -47,6 +49,50 @@ pub struct Listing {
 struct Prefix<'a> {
     uri: &'a str,
     folder: &'a Path,
+    /// What names below it must match; none: `*.parquet` anywhere.
+    pattern: Option<Pattern>,
+}
+
+struct Pattern {
+    names: GlobMatcher,
+    /// Folders below the prefix that a match can lie in; none: any number.
+    depth: Option<usize>,
+}
+
+/// Whether a URI is a pattern: `*` and `?` stand for letters of a name, `**` for folders, `[ab]` and `{a,b}` for one of several.
+/// A file that is really called so is no pattern.
+pub fn is_pattern(uri: &str) -> bool {
+    uri.contains(PATTERN_LETTERS) && !Path::new(uri).exists()
+}
+
+/// The prefix that all matches of a pattern lie below.
+pub fn pattern_prefix(pattern: &str) -> &str {
+    let fixed = pattern.find(PATTERN_LETTERS).map_or(pattern, |first| &pattern[..first]);
+    &fixed[..fixed.rfind('/').map_or(0, |slash| slash + 1)]
+}
+
+const PATTERN_LETTERS: [char; 4] = ['*', '?', '[', '{'];
+
+impl Pattern {
+    fn new(uri: &str) -> Result<Self> {
+        let bad = |source| Error::Pattern { uri: uri.to_owned(), source };
+        let below = &uri[pattern_prefix(uri).len()..];
+        let glob = GlobBuilder::new(below).literal_separator(true).build().map_err(bad)?;
+        let depth = (!below.contains("**")).then(|| below.matches('/').count());
+        Ok(Self { names: glob.compile_matcher(), depth })
+    }
+}
+
+impl Prefix<'_> {
+    /// Whether the file of this URI is one of those that are looked for, where that is a question of its name's match.
+    fn takes(&self, uri: &str) -> bool {
+        let below = uri.strip_prefix(self.uri).unwrap_or(uri);
+        self.pattern.as_ref().is_none_or(|pattern| pattern.names.is_match(below))
+    }
+}
+
+fn is_parquet(name: &Path) -> bool {
+    name.extension().is_some_and(|extension| extension == "parquet")
 }
 
 impl Listing {
@@ -77,6 +123,38 @@ impl Listing {
         listed
     }
 
+    /// Adds what a pattern names, see [`is_pattern`]; hidden names ('.' or '_' comes first) match nothing.
+    ///
+    /// # Errors
+    /// As [`Self::add`]; what is no pattern.
+    pub async fn add_matching(mut self, pattern: &str) -> Result<Self> {
+        let (uri, waiting) = (pattern.to_owned(), Arc::new(()));
+        self.wanted = Arc::downgrade(&waiting);
+        let listed = blocking(move || {
+            let within = pattern_prefix(&uri);
+            let within = if within.is_empty() { "./" } else { within };
+            let folder = self.access.folder(within)?;
+            let prefix = Prefix { uri: within, folder: &folder, pattern: Some(Pattern::new(&uri)?) };
+            match self.walk(&prefix, &folder, within, 0)? {
+                0 => Err(Error::NoMatch { uri }),
+                _ => Ok(self),
+            }
+        });
+        let listed = listed.await;
+        drop(waiting);
+        listed
+    }
+
+    /// How many shards there are so far.
+    pub fn len(&self) -> usize {
+        self.shards.len()
+    }
+
+    /// Whether there are none so far.
+    pub fn is_empty(&self) -> bool {
+        self.shards.is_empty()
+    }
+
     /// The shards.
     pub fn into_shards(self) -> Vec<Location> {
         self.shards
@@ -87,21 +165,24 @@ impl Listing {
         if !self.folders.insert(folder.clone()) {
             return Ok(());
         }
-        match self.walk(&Prefix { uri, folder: &folder }, &folder, uri)? {
+        match self.walk(&Prefix { uri, folder: &folder, pattern: None }, &folder, uri, 0)? {
             0 => Err(Error::NoShards { uri: uri.to_owned() }),
             _ => Ok(()),
         }
     }
 
-    /// Adds the shards below `folder`, whose URI is `within`, and counts them.
-    fn walk(&mut self, prefix: &Prefix, folder: &Path, within: &str) -> Result<usize> {
+    /// Adds the shards below `folder`, whose URI is `within`, so many folders down, and counts them.
+    fn walk(&mut self, prefix: &Prefix, folder: &Path, within: &str, depth: usize) -> Result<usize> {
+        if prefix.pattern.as_ref().and_then(|pattern| pattern.depth).is_some_and(|most| depth > most) {
+            return Ok(0);
+        }
         let mut found = 0;
         for (name, kind) in self.entries(prefix, folder)? {
             self.name_bytes -= name.len();
             let (path, uri) = (folder.join(&name), below(within, &name.to_string_lossy()));
             if kind.is_dir() {
-                found += self.walk(prefix, &path, &format!("{uri}/"))?;
-            } else {
+                found += self.walk(prefix, &path, &format!("{uri}/"), depth + 1)?;
+            } else if prefix.takes(&uri) {
                 self.keep(self.shard(prefix, path, &uri, kind)?)?;
                 found += 1;
             }
@@ -124,7 +205,7 @@ impl Listing {
                 continue;
             }
             let kind = entry.file_type().map_err(failed)?;
-            if kind.is_dir() || Path::new(&name).extension().is_some_and(|extension| extension == "parquet") {
+            if kind.is_dir() || prefix.pattern.is_some() || is_parquet(Path::new(&name)) {
                 self.name_bytes += name.len();
                 kept.push((name, kind));
             }

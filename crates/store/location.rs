@@ -13,6 +13,7 @@ use object_store::path::Path;
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt};
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_encode};
 
+use crate::access::blocking;
 use crate::{Error, Result};
 
 /// Schemes that belong to a store this build does not have; others are spelling mistakes.
@@ -270,6 +271,26 @@ impl Location {
         put.map(drop).map_err(|source| Error::store(&self.uri, source))
     }
 
+    /// Makes the folders between a local output's prefix and itself; the prefix's own where that is the last one missing.
+    ///
+    /// # Errors
+    /// When they cannot be made.
+    pub async fn make_folders(&self, prefix: &FsPath) -> Result<()> {
+        let Some(folder) = self.as_file().and_then(FsPath::parent).map(FsPath::to_owned) else { return Ok(()) };
+        let (uri, prefix) = (self.uri.to_string(), prefix.to_owned());
+        blocking(move || {
+            let above = prefix.parent().unwrap_or(&prefix);
+            if !above.is_dir() {
+                return Err(Error::NoFolder { uri, folder: above.display().to_string() });
+            }
+            let failed = |source: std::io::Error| {
+                Error::store(&uri, object_store::Error::Generic { store: "local files", source: Box::new(source) })
+            };
+            std::fs::create_dir_all(folder).map_err(failed)
+        })
+        .await
+    }
+
     /// Stores make missing folders silently, which turns a misspelt output into a new tree of folders.
     pub(crate) fn check_folder(&self) -> Result<()> {
         let folder = self.as_file().and_then(FsPath::parent);
@@ -318,6 +339,16 @@ fn scheme(uri: &str) -> Option<&str> {
     let (scheme, _) = uri.split_once("://")?;
     let letters = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'-' | b'.');
     (!scheme.is_empty() && scheme.bytes().all(letters)).then_some(scheme)
+}
+
+/// The parts of a shard's name below a prefix that it was found by.
+pub fn parts_below(prefix: &str, shard: &Location) -> Vec<String> {
+    let below = shard.uri().strip_prefix(prefix).unwrap_or(shard.file_name());
+    let part = |part: &str| match scheme(prefix) {
+        Some(_) => percent_decode_str(part).decode_utf8_lossy().into_owned(),
+        None => part.to_owned(),
+    };
+    below.split('/').map(part).collect()
 }
 
 /// The URI of `name` below a prefix that ends in '/': parsed, it is that very file. Paths have no need of encoding.

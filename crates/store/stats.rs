@@ -50,6 +50,14 @@ pub async fn check_stats(shard: &Location) -> Result<()> {
     if ours { Ok(()) } else { Err(foreign()) }
 }
 
+/// Whether a shard has statistics.
+///
+/// # Errors
+/// When the store cannot say.
+pub async fn has_stats(shard: &Location) -> Result<bool> {
+    stats_location(shard).exists().await
+}
+
 /// Writes the statistics of `shard` at once, replacing older ones, and returns where.
 ///
 /// # Errors

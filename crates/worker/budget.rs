@@ -52,6 +52,11 @@ impl Budget {
         Self(Some(Arc::new(Shared { room, reserve, units, waiting: AtomicUsize::new(0) })))
     }
 
+    /// A part of so many bytes.
+    pub(crate) fn part(bytes: u64, parts: u64, of: u64) -> Self {
+        Self::new(usize::try_from(bytes / of * parts).unwrap_or(usize::MAX))
+    }
+
     /// The most bytes that one may have; none: no limit.
     pub(crate) fn bytes_max(&self) -> Option<usize> {
         self.0.as_ref().map(|shared| shared.for_all() as usize * UNIT_BYTES)

@@ -111,7 +111,7 @@ pub struct ShardDone {
     /// Rows that this call went through.
     pub rows: u64,
     /// Of these, rows without a score, by reason.
-    pub errors: BTreeMap<&'static str, u64>,
+    pub errors: BTreeMap<String, u64>,
     /// The shard's entity tag.
     pub e_tag: Option<String>,
     /// A resume token that says so; empty for pairs.
@@ -311,6 +311,7 @@ impl Call {
     ) {
         let mut errors = totals.statuses;
         errors.remove("ok");
+        let errors = errors.into_iter().map(|(reason, rows)| (reason.to_owned(), rows)).collect();
         let done = ShardDone { shard, output: None, skipped: false, rows: totals.rows, errors, e_tag, token };
         drop(events.send(Ok(Event::ShardDone(done))).await);
     }
@@ -331,8 +332,8 @@ fn shard_span(uri: &str) -> Span {
 }
 
 /// What of an earlier run is known without reading its rows.
-fn failed_rows(failed: u64) -> BTreeMap<&'static str, u64> {
-    if failed == 0 { BTreeMap::new() } else { BTreeMap::from([("earlier", failed)]) }
+fn failed_rows(failed: u64) -> BTreeMap<String, u64> {
+    if failed == 0 { BTreeMap::new() } else { BTreeMap::from([("earlier".to_owned(), failed)]) }
 }
 
 /// A shard, or the call's own pairs, on the way through the pipeline.

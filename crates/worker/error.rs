@@ -96,13 +96,27 @@ pub enum Error {
     SinkUri(#[source] Box<capsieve_store::Error>),
     /// The call's sink lies where its inputs are looked for.
     #[error(
-        "the sink {sink} lies below the input prefix {input}, whose next reader would take the outputs for inputs: choose another place"
+        "the output {sink} lies below the input prefix {input}, whose next reader would take the outputs for inputs: choose another place"
     )]
     SinkInside {
         /// The sink.
         sink: String,
         /// The prefix.
         input: String,
+    },
+    /// Many shards cannot have one output.
+    #[error("{output} is one file and the inputs may be many shards: name a prefix that ends in '/'")]
+    OutputPrefix {
+        /// The output.
+        output: String,
+    },
+    /// Two shards of different inputs have the same name.
+    #[error("{input} and another shard would both be written to {output}: score them to different prefixes")]
+    SameOutput {
+        /// The second shard.
+        input: String,
+        /// The output.
+        output: String,
     },
     /// Other calls have the memory for names of shards.
     #[error("the calls in flight have too many shards together: ask again, or raise --memory-limit")]

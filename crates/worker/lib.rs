@@ -12,6 +12,7 @@
 mod bench;
 mod budget;
 mod call;
+mod dataset;
 mod demo;
 mod engine;
 mod error;
@@ -30,6 +31,7 @@ mod rows;
 mod score;
 mod scores;
 mod service;
+mod shared;
 mod synth;
 mod threads;
 
@@ -38,6 +40,7 @@ pub use call::{Call, CallRequest, Event, Events, ScoredRows, ShardDone, Sink, So
 pub use capsieve_engine::{Heads, ItmToken, Precision, give_large_buffers_back};
 pub use capsieve_store::Error as StoreError;
 pub use capsieve_store::{Access, CaptionScore, ColumnOptions, RowScore};
+pub use dataset::{DatasetJob, DatasetReport, Partition, Prospect, look_at_dataset, score_dataset};
 pub use demo::{DemoReport, DemoRow, NoiseReport, demo};
 pub use engine::{DeviceChoice, EngineChoice, Engines, engine_options};
 pub use error::{Error, Result};
@@ -49,6 +52,6 @@ pub use prepare::CaptionPolicy;
 pub use progress::Progress;
 pub use ranking::{precision_recall, roc_auc};
 pub use resume::Position;
-pub use score::{Outcome, ScoreJob, Stats, Thresholds, score};
+pub use score::{Outcome, Outlook, ScoreJob, Stats, Thresholds, score};
 pub use service::{Worker, WorkerInfo, WorkerOptions};
 pub use synth::{SynthSize, synth};

@@ -25,6 +25,10 @@ pub const LISTINGS_MAX: usize = 2;
 pub const REASON_BYTES_MAX: usize = 1024;
 /// Files and folders that a call looks at for its shards.
 pub const SHARD_ENTRIES_MAX: usize = 1_000_000;
+/// Shards of a dataset at a time: while one ends, which takes an upload, and one is scored, the next is opened.
+pub const SHARDS_IN_FLIGHT: usize = 3;
+/// Shards that a dry run looks at, at a time.
+pub const SHARDS_LOOKED_AT: usize = 16;
 /// Chunks read and not yet prepared.
 pub const CHUNKS_READ: usize = 1;
 /// Chunks prepared and not yet scored: preparation runs this far ahead of the engine.

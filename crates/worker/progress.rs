@@ -1,7 +1,7 @@
 //! Counters of a running job, read by whoever shows them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Counters of a running job; a clone shows the same ones.
 #[derive(Clone, Debug, Default)]
@@ -13,6 +13,9 @@ struct Counters {
     rows: AtomicU64,
     pairs: AtomicU64,
     failed: AtomicU64,
+    shards: AtomicU32,
+    shards_total: AtomicU32,
+    shards_opened: AtomicU32,
 }
 
 impl Progress {
@@ -38,14 +41,36 @@ impl Progress {
 
     /// Shows what a worker elsewhere says of its progress: rows, of these without a score, rows of its shards, pairs.
     pub fn show(&self, rows: u64, failed: u64, rows_total: u64, pairs: u64) {
-        let Counters { rows_total: total, rows: done, pairs: scored, failed: without } = &*self.0;
+        let Counters { rows_total: total, rows: done, pairs: scored, failed: without, .. } = &*self.0;
         for (counter, value) in [(total, rows_total), (done, rows), (scored, pairs), (without, failed)] {
             counter.store(value, Ordering::Relaxed);
         }
     }
 
+    /// Shards that are done, and all; both 0 where there is just one.
+    pub fn shards(&self) -> (u32, u32) {
+        (self.0.shards.load(Ordering::Relaxed), self.0.shards_total.load(Ordering::Relaxed))
+    }
+
+    /// Shards whose rows are in [`Self::rows_total`]; 0 where nobody says.
+    pub fn opened(&self) -> u32 {
+        self.0.shards_opened.load(Ordering::Relaxed)
+    }
+
+    /// So many shards were opened.
+    pub fn show_opened(&self, shards: u32) {
+        self.0.shards_opened.store(shards, Ordering::Relaxed);
+    }
+
+    /// So many shards are done of so many.
+    pub fn show_shards(&self, done: u32, total: u32) {
+        self.0.shards.store(done, Ordering::Relaxed);
+        self.0.shards_total.store(total, Ordering::Relaxed);
+    }
+
     pub(crate) fn start(&self, rows: u64) {
         self.0.rows_total.fetch_add(rows, Ordering::Relaxed);
+        self.0.shards_opened.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(crate) fn add_pairs(&self, pairs: u64) {

@@ -6,20 +6,19 @@ use std::time::Instant;
 
 use capsieve_engine::{Heads, ItmToken};
 use capsieve_store::{
-    Access, ColumnOptions, Footer, Location, ObjectInfo, OutputHeads, OutputOptions, ShardReader, ShardWriter,
+    Access, ColumnOptions, Footer, KEEP, Location, ObjectInfo, OutputHeads, OutputOptions, SCORE_STATUS, ShardReader,
+    ShardWriter,
 };
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use crate::budget::Budget;
-use crate::engine::Pool;
 use crate::limits::{OUTPUT_BYTES, OUTPUT_BYTES_MIN};
 use crate::model::hex;
 use crate::pipeline::{self, Images, Output, Stages, Totals};
 use crate::plan::blocking;
-use crate::prepare::Preparer;
 use crate::rows::ShardRows;
-use crate::{CaptionPolicy, EngineChoice, Error, LoadedModel, Precision, Progress, Result, StoreError, engine_options};
+use crate::shared::{LazyEngine, SharedEngine};
+use crate::{CaptionPolicy, EngineChoice, Error, LoadedModel, Precision, Progress, Result, StoreError};
 
 /// Key of the output's metadata by which a rerun recognises its own work.
 const FINGERPRINT: &str = "capsieve.fingerprint";
@@ -71,7 +70,8 @@ pub struct Stats {
     pub output: String,
     /// SHA-256 of the model.
     pub model: String,
-    /// "cpu (avx512, 2 threads)"
+    /// "cpu (avx512, 2 threads)"; not there where a killed run could not say.
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub device: String,
     /// "f32"
     pub precision: &'static str,
@@ -82,7 +82,7 @@ pub struct Stats {
     /// Rows without one.
     pub failed: u64,
     /// Failed rows by reason.
-    pub errors: BTreeMap<&'static str, u64>,
+    pub errors: BTreeMap<String, u64>,
     /// Captions scored.
     pub pairs: u64,
     /// Rows that pass the thresholds, where there are any.
@@ -90,10 +90,11 @@ pub struct Stats {
     pub kept: Option<u64>,
     /// Bytes of the output.
     pub bytes: u64,
-    /// Busy seconds by stage; stages overlap, so they add up to more than `total`.
+    /// Busy seconds by stage; stages overlap, so they add up to more than `total`. Empty where a killed run could not say.
     pub seconds: BTreeMap<&'static str, f64>,
     /// Pairs by total seconds, the model's loading excluded.
-    pub pairs_per_second: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pairs_per_second: Option<f64>,
 }
 
 /// How a job ended.
@@ -115,47 +116,51 @@ pub enum Outcome {
 /// # Errors
 /// Whatever ends the job, see [`Error`]; nothing is then written.
 pub async fn score(model: &LoadedModel, job: &ScoreJob, progress: &Progress) -> Result<Outcome> {
-    let engines = job.engine.find()?;
-    let hash = model.hash()?;
-    // Before the weights are loaded: most of what can be wrong shows here.
-    let shard = match open(job, (&hash, engines.precision), &Access::everything()).await? {
-        Opened::Complete(outcome, _) => return Ok(outcome),
-        Opened::New(shard) => *shard,
-    };
-    let config = model.checkpoint.config();
-    let options = engine_options(config, &job.engine, &engines, job.heads, job.itm_token);
-    let scorers = model.scorers(&engines, &options)?;
-    let parts = (model.image.clone(), model.tokenizer.clone());
-    let preparer = Preparer::new(job.engine.threads, parts, config.text.positions, job.policy)?;
-    let devices: Vec<String> = scorers.iter().map(|scorer| scorer.info().device.clone()).collect();
-    let engine = SharedEngine {
-        hash,
-        device: devices.join(", "),
-        precision: engines.precision,
-        pool: Pool::start(scorers, None, engines.ahead()),
-        preparer: Arc::new(preparer),
-        budget: Budget::default(),
-        row_groups: Budget::default(),
-        outputs: Budget::default(),
-    };
-    shard.score(job, &engine, &Access::everything(), progress).await
+    score_shard(&LazyEngine::new(model, job, None)?, job, progress).await
 }
 
-/// A loaded model that jobs share.
-pub(crate) struct SharedEngine {
-    /// SHA-256 of the model.
-    pub(crate) hash: String,
-    /// Of all engines: "cuda:0 (...), cuda:1 (...)".
-    pub(crate) device: String,
-    pub(crate) precision: Precision,
-    pub(crate) pool: Pool,
-    pub(crate) preparer: Arc<Preparer>,
-    /// Memory for the chunks of all jobs.
-    pub(crate) budget: Budget,
-    /// Memory for the row groups that are read.
-    pub(crate) row_groups: Budget,
-    /// Memory for the outputs that are written.
-    pub(crate) outputs: Budget,
+/// Scores a shard with an engine that other shards may use too.
+pub(crate) async fn score_shard(engine: &LazyEngine<'_>, job: &ScoreJob, progress: &Progress) -> Result<Outcome> {
+    let access = Access::everything();
+    match open(job, (&engine.hash, engine.engines.precision), &access).await? {
+        Opened::Complete(outcome, _) => Ok(outcome),
+        Opened::New(shard) => shard.score(job, engine.get().await?, &access, progress).await,
+    }
+}
+
+/// What would become of a shard.
+#[derive(Clone, Debug)]
+pub enum Outlook {
+    /// The output is complete.
+    Complete {
+        /// Its rows.
+        rows: u64,
+        /// Of these, rows without a score.
+        failed: u64,
+    },
+    /// It would be scored.
+    New {
+        /// Rows of the input.
+        rows: u64,
+        /// Bytes of the input.
+        bytes: u64,
+        /// Column of the images.
+        image: String,
+        /// Column of the captions.
+        caption: String,
+    },
+}
+
+/// Looks at input and output, and begins nothing.
+pub(crate) async fn outlook(engine: &LazyEngine<'_>, job: &ScoreJob) -> Result<Outlook> {
+    let found = look(job, (&engine.hash, engine.engines.precision), &Access::everything()).await?;
+    if let Some(Outcome::Complete { rows, failed }) = found.complete {
+        return Ok(Outlook::Complete { rows, failed });
+    }
+    let (reader, columns) = (&found.reader, found.reader.columns());
+    let name = |column: usize| reader.schema().field(column).name().clone();
+    let (image, caption) = (name(columns.image), name(columns.caption));
+    Ok(Outlook::New { rows: reader.rows(), bytes: reader.object_info().size, image, caption })
 }
 
 /// A job whose input was looked at.
@@ -175,8 +180,17 @@ pub(crate) struct OpenShard {
     fingerprint: String,
 }
 
-/// Opens input and output, and looks whether the work is done.
-pub(crate) async fn open(job: &ScoreJob, (hash, precision): (&str, Precision), access: &Access) -> Result<Opened> {
+/// What is there of a job before anything is done.
+struct Found {
+    input: Location,
+    output: Location,
+    reader: ShardReader,
+    fingerprint: String,
+    complete: Option<Outcome>,
+}
+
+/// Looks at the input, and whether the work is done.
+async fn look(job: &ScoreJob, (hash, precision): (&str, Precision), access: &Access) -> Result<Found> {
     let (access, names) = (access.clone(), (job.input.clone(), job.output.clone()));
     // Names are resolved link by link, with calls of the system that block.
     let (input, output) = blocking(move || {
@@ -189,12 +203,25 @@ pub(crate) async fn open(job: &ScoreJob, (hash, precision): (&str, Precision), a
     .await?;
     let reader = ShardReader::open(&input, &job.columns).await?;
     let fingerprint = fingerprint(job, hash, precision, reader.object_info());
-    if !job.overwrite && output.exists().await? {
-        let outcome = complete(job, &output, &fingerprint).await?;
-        return Ok(Opened::Complete(outcome, reader.object_info().clone()));
-    }
-    if !job.overwrite {
+    let complete = match !job.overwrite && output.exists().await? {
+        true => Some(complete(job, &output, &fingerprint).await?),
+        false => None,
+    };
+    if !job.overwrite && complete.is_none() {
         capsieve_store::check_stats(&output).await?;
+    }
+    Ok(Found { input, output, reader, fingerprint, complete })
+}
+
+/// Opens input and output, or finds that the work is done.
+pub(crate) async fn open(job: &ScoreJob, (hash, precision): (&str, Precision), access: &Access) -> Result<Opened> {
+    let Found { input, output, reader, fingerprint, complete } = look(job, (hash, precision), access).await?;
+    if let Some(outcome) = complete {
+        // Killed between the output and its statistics, a run leaves them to the next one.
+        if !capsieve_store::has_stats(&output).await? {
+            restore_stats(job, (hash, precision), &output).await?;
+        }
+        return Ok(Opened::Complete(outcome, reader.object_info().clone()));
     }
     let options = output_options(job, (hash, precision), &fingerprint, &reader, &input);
     let writer = ShardWriter::create(&output, reader.schema(), reader.columns(), &options).await?;
@@ -274,6 +301,34 @@ async fn complete(job: &ScoreJob, output: &Location, fingerprint: &str) -> Resul
     }
 }
 
+/// The statistics of an output, from what it says itself: how long it took is lost.
+async fn restore_stats(job: &ScoreJob, (hash, precision): (&str, Precision), output: &Location) -> Result<()> {
+    let footer = Footer::read(output).await?;
+    let (rows, pairs, bytes) = (footer.rows(), footer.scored_pairs(), footer.object_info().size);
+    let kept = capsieve_store::value_counts(footer.clone(), KEEP).await?.map(|kept| kept.get("true").copied());
+    let mut errors = capsieve_store::value_counts(footer, SCORE_STATUS).await?.unwrap_or_default();
+    let scored = errors.remove("ok").unwrap_or_default();
+    let stats = Stats {
+        version: env!("CARGO_PKG_VERSION"),
+        input: job.input.clone(),
+        output: job.output.clone(),
+        model: hash.to_owned(),
+        device: String::new(),
+        precision: precision.name(),
+        rows,
+        scored,
+        failed: rows - scored,
+        errors,
+        pairs: pairs.unwrap_or(scored),
+        kept: kept.map(Option::unwrap_or_default),
+        bytes,
+        seconds: BTreeMap::new(),
+        pairs_per_second: None,
+    };
+    capsieve_store::write_stats(output, &stats).await?;
+    Ok(())
+}
+
 /// SHA-256 over everything that decides the content of the output.
 fn fingerprint(job: &ScoreJob, model: &str, precision: Precision, input: &ObjectInfo) -> String {
     let ScoreJob { columns, heads, itm_token, thresholds, policy, drop_images, .. } = job;
@@ -341,11 +396,11 @@ fn stats(job: &ScoreJob, engine: &SharedEngine, totals: Totals, total: f64) -> S
         rows: totals.written.rows,
         scored,
         failed: errors.values().sum(),
-        errors,
+        errors: errors.into_iter().map(|(reason, rows)| (reason.to_owned(), rows)).collect(),
         pairs: totals.pairs,
         kept: thresholds.then_some(totals.written.kept),
         bytes: totals.written.bytes,
         seconds: seconds.into_iter().collect(),
-        pairs_per_second: totals.pairs as f64 / total.max(1e-9),
+        pairs_per_second: Some(totals.pairs as f64 / total.max(1e-9)),
     }
 }

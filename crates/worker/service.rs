@@ -11,7 +11,7 @@ use crate::call::{Call, CallRequest};
 use crate::engine::{Pool, engine_options};
 use crate::plan::Names;
 use crate::prepare::Preparer;
-use crate::score::SharedEngine;
+use crate::shared::SharedEngine;
 use crate::{CaptionPolicy, EngineChoice, LoadedModel, Result, ScoreJob, Thresholds};
 
 /// What a worker is started with.
@@ -80,8 +80,7 @@ impl Worker {
         let devices: Vec<&str> = infos.iter().map(|info| info.device.as_str()).collect();
         let parts = (model.image.clone(), model.tokenizer.clone());
         let preparer = Preparer::new(options.engine.threads, parts, config.text.positions, options.policy)?;
-        let bytes = |parts: u64, of: u64| usize::try_from(options.memory_bytes / of * parts).unwrap_or(usize::MAX);
-        let part = |parts, of| Budget::new(bytes(parts, of));
+        let part = |parts, of| Budget::part(options.memory_bytes, parts, of);
         let engine = SharedEngine {
             hash: model.hash()?,
             device: devices.join(", "),
@@ -103,7 +102,7 @@ impl Worker {
             tokens_max: config.text.positions,
             batch_images: engine.pool.queue().info().images_max,
         };
-        let names = Names::new(bytes(1, 16));
+        let names = Names::new(usize::try_from(options.memory_bytes / 16).unwrap_or(usize::MAX));
         Ok(Arc::new(Self { engine, info, options, names }))
     }
 

@@ -162,7 +162,7 @@ fn message_bytes(text: &str) -> Result<usize, String> {
     number(text, 1 << 10, 1 << 30)
 }
 
-fn memory(text: &str) -> Result<u64, String> {
+pub(super) fn memory(text: &str) -> Result<u64, String> {
     number(text, 64 << 20, 1 << 46).map(|bytes| bytes as u64)
 }
 

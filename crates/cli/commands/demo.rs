@@ -26,7 +26,12 @@ fn summary(report: &DemoReport) -> Result<String, std::fmt::Error> {
     let total = stats.seconds.get("total").copied().unwrap_or_default();
     let matching = rows.iter().filter(|row| row.is_match).count();
     writeln!(out, "{} pairs, {matching} of them true, the others with a caption that is wrong on purpose", rows.len())?;
-    writeln!(out, "scored in {total:.1} s ({:.1} pairs/s) on {}\n", stats.pairs_per_second, stats.device)?;
+    writeln!(
+        out,
+        "scored in {total:.1} s ({:.1} pairs/s) on {}\n",
+        stats.pairs_per_second.unwrap_or_default(),
+        stats.device
+    )?;
     writeln!(out, "how well the scores tell the true captions from the others (ROC AUC, 1 is perfect, 0.5 is chance)")?;
     writeln!(out, "  {:<18} {:>5}  {:>11}  {:>12}", "noise", "rows", "itm_score", "cosine_score")?;
     for kind in noise {

@@ -59,6 +59,7 @@ fn interruption(command: &Command) -> &'static str {
         Command::Submit(_) => {
             "interrupted: the shards that the worker has finished stay, the same command goes on with the others"
         }
+        Command::Score(_) => "interrupted: the outputs that are there are whole, the same command scores what is left",
         _ => "interrupted, no output was written",
     }
 }

@@ -13,20 +13,20 @@ use tokio::task::{JoinSet, block_in_place};
 
 use super::ROWS_WITHOUT_SCORE;
 use crate::args::{Head, OnError, SubmitArgs};
-use crate::progress::{Shards, shown_with};
+use crate::progress::shown;
 use crate::text;
 
 pub(super) async fn run(args: SubmitArgs) -> anyhow::Result<ExitCode> {
     let submission = submission(&args)?;
-    let (progress, shards) = (Progress::default(), Shards::default());
-    let (shown_progress, shown_shards) = (progress.clone(), shards.clone());
+    let progress = Progress::default();
+    let counted = progress.clone();
     // A task of its own, which ends with us: a reader that stalls our output must not make Ctrl-C wait.
     let mut job = JoinSet::new();
     job.spawn(async move {
         let on = |update: &Update<'_>| {
             let now = update.so_far;
-            progress.show(now.rows, now.rows_failed, now.rows_total, now.pairs);
-            shards.show(now.shards_done, now.shards_total);
+            counted.show(now.rows, now.rows_failed, now.rows_total, now.pairs);
+            counted.show_shards(now.shards_done, now.shards_total);
             match update.event {
                 Event::Chunk(chunk) => block_in_place(|| print(update.shards, chunk)),
                 _ => Ok(()),
@@ -34,7 +34,7 @@ pub(super) async fn run(args: SubmitArgs) -> anyhow::Result<ExitCode> {
         };
         capsieve_rpc::submit(&submission, on).await
     });
-    let ended = shown_with(&shown_progress, &shown_shards, job.join_next()).await;
+    let ended = shown(&progress, job.join_next()).await;
     let summary = ended.context("the job is gone")?.context("the job broke down")?.map_err(failed)?;
     let line = self::summary(&summary, args.output.as_deref());
     // Standard output holds the scores where they are streamed.

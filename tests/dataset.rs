@@ -1,0 +1,276 @@
+//! `capsieve score` over many shards: every row of every shard once, whatever happens meanwhile.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
+
+use tempfile::TempDir;
+
+use crate::support::{Ran, capsieve, floats, names, picture, program, read_parquet, run, shard, texts, write_parquet};
+
+/// One worker, other batches: the same scores.
+const BATCHING_TOLERANCE: f32 = 2e-5;
+
+/// A folder with shards below `in/`.
+struct Dataset {
+    folder: TempDir,
+    /// Name below `in/`, and rows.
+    shards: Vec<(String, usize)>,
+}
+
+impl Dataset {
+    fn new(shards: &[(&str, usize)]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        for (number, (name, rows)) in shards.iter().enumerate() {
+            let path = folder.path().join("in").join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            let row = |row: usize| {
+                let seed = (number * 1000 + row) as u64;
+                (Some(picture(seed)), Some(format!("shard {number} row {row}")))
+            };
+            write_parquet(&path, &shard(&(0..*rows).map(row).collect::<Vec<_>>()), 20);
+        }
+        Self { folder, shards: shards.iter().map(|(name, rows)| ((*name).to_owned(), *rows)).collect() }
+    }
+
+    /// Twenty shards of different sizes.
+    fn twenty() -> Self {
+        let names: Vec<String> = (0..20).map(|number| format!("{number:05}.parquet")).collect();
+        let shards: Vec<(&str, usize)> =
+            names.iter().enumerate().map(|(number, name)| (name.as_str(), 10 + 7 * (number % 5))).collect();
+        Self::new(&shards)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.path(name).display().to_string()
+    }
+
+    fn arguments(&self, inputs: &[&str], output: &str, more: &[&str]) -> Vec<String> {
+        let inputs = inputs.iter().map(|input| self.text(input));
+        let fixed = ["score", "--model", "synthetic:tiny", "--threads", "2", "--output"].map(str::to_owned);
+        let more = more.iter().map(|option| (*option).to_owned());
+        fixed.into_iter().chain([self.text(output), "--input".to_owned()]).chain(inputs).chain(more).collect()
+    }
+
+    fn score(&self, inputs: &[&str], output: &str, more: &[&str]) -> Ran {
+        capsieve(&self.arguments(inputs, output, more))
+    }
+
+    /// Every caption below `output` with its score; every row must be there once.
+    fn rows(&self, output: &str) -> BTreeMap<String, f32> {
+        let mut rows = BTreeMap::new();
+        for (name, count) in &self.shards {
+            let batch = read_parquet(&self.path(output).join(name));
+            assert_eq!(batch.num_rows(), *count, "{name}");
+            for (caption, score) in texts(&batch, "caption").into_iter().zip(floats(&batch, "itm_score")) {
+                assert!(rows.insert(caption.unwrap(), score.unwrap()).is_none(), "a row is there twice");
+            }
+        }
+        assert_eq!(rows.len(), self.shards.iter().map(|(_, rows)| rows).sum::<usize>());
+        rows
+    }
+}
+
+fn assert_same(found: &BTreeMap<String, f32>, expected: &BTreeMap<String, f32>) {
+    assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
+    for (caption, score) in found {
+        assert!((score - expected[caption]).abs() < BATCHING_TOLERANCE, "{caption}: {score} {}", expected[caption]);
+    }
+}
+
+/// Files below a folder, by name from there, with what would show a new one.
+fn files(folder: &Path) -> BTreeMap<PathBuf, (u64, SystemTime)> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(folder).unwrap().map(Result::unwrap) {
+        let meta = entry.metadata().unwrap();
+        match meta.is_dir() {
+            true => found.extend(files(&entry.path())),
+            false => drop(found.insert(entry.path(), (meta.len(), meta.modified().unwrap()))),
+        }
+    }
+    found
+}
+
+#[test]
+fn shards_below_a_folder_keep_their_names_and_are_scored_once() {
+    let dataset = Dataset::new(&[("b.parquet", 30), ("a/b.parquet", 5), ("a/c d.parquet", 41), ("z/y/x%.parquet", 1)]);
+    let ran = dataset.score(&["in"], "out/", &[]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert!(ran.stdout.contains("4: 4 scored, 0 complete already, 0 failed"), "{ran:?}");
+    assert!(ran.stdout.contains("77: 77 scored, 0 without a score"), "{ran:?}");
+    let rows = dataset.rows("out");
+    let before = files(&dataset.path("out"));
+    assert_eq!(before.len(), 8, "a shard and its statistics each: {before:?}");
+    let again = dataset.score(&["in/"], "out/", &[]);
+    assert_eq!(again.code, Some(0), "{again:?}");
+    assert!(again.stdout.contains("4: 0 scored, 4 complete already, 0 failed"), "{again:?}");
+    assert_eq!(files(&dataset.path("out")), before, "nothing is written again");
+    // One by one they are the same.
+    for (name, _) in &dataset.shards {
+        let flat = format!("alone/{}", name.replace('/', "-"));
+        std::fs::create_dir_all(dataset.path("alone")).unwrap();
+        assert_eq!(dataset.score(&[&format!("in/{name}")], &flat, &[]).code, Some(0));
+        let alone = read_parquet(&dataset.path(&flat));
+        for (caption, score) in texts(&alone, "caption").into_iter().zip(floats(&alone, "itm_score")) {
+            assert!((rows[&caption.unwrap()] - score.unwrap()).abs() < BATCHING_TOLERANCE);
+        }
+    }
+    // Other options are another job: both fingerprints' owners are named, and nothing is replaced.
+    let other = dataset.score(&["in"], "out/", &["--min-itm", "0.5"]);
+    assert_eq!(other.code, Some(1), "{other:?}");
+    assert!(other.stderr.contains("4 of 4 shards failed") && other.stderr.contains("--overwrite"), "{other:?}");
+    assert_eq!(files(&dataset.path("out")), before);
+    let replaced = dataset.score(&["in"], "out/", &["--min-itm", "0.5", "--overwrite"]);
+    assert_eq!(replaced.code, Some(0), "{replaced:?}");
+    assert!(replaced.stdout.contains("kept"), "{replaced:?}");
+    assert_same(&dataset.rows("out"), &rows);
+}
+
+#[test]
+fn patterns_and_shares_take_every_shard_once() {
+    let dataset = Dataset::twenty();
+    for folder in ["whole", "shares", "some"] {
+        std::fs::create_dir(dataset.path(folder)).unwrap();
+    }
+    assert_eq!(dataset.score(&["in"], "whole", &[]).code, Some(0));
+    for worker in 0..3 {
+        let mut command = program();
+        command.args(dataset.arguments(&["in/*.parquet"], "shares/", &["--partition", "auto/3"]));
+        let ran = run(command.env("JOB_COMPLETION_INDEX", worker.to_string()));
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+        let count = if worker < 2 { 7 } else { 6 };
+        assert!(ran.stdout.contains(&format!("{count}: {count} scored, 0 complete")), "{ran:?}");
+    }
+    assert_same(&dataset.rows("shares"), &dataset.rows("whole"));
+    let ran = dataset.score(&["in/0000[135].parquet", "in/{00007,00009,0001*}.parquet"], "some", &[]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let shards: Vec<String> =
+        names(&dataset.path("some")).into_iter().filter(|name| name.ends_with("parquet")).collect();
+    let expected: Vec<String> = [1, 3, 5, 7, 9].into_iter().chain(10..20).map(|n| format!("{n:05}.parquet")).collect();
+    assert_eq!(shards, expected);
+}
+
+#[test]
+fn a_bad_shard_costs_its_own_output_only() {
+    let dataset = Dataset::twenty();
+    let bad = dataset.path("in/00007.parquet");
+    let good = std::fs::read(&bad).unwrap();
+    std::fs::write(&bad, &good[..good.len() / 2]).unwrap();
+    let ran = dataset.score(&["in"], "out/", &[]);
+    assert_eq!(ran.code, Some(1), "{ran:?}");
+    assert!(ran.stdout.contains("20: 19 scored, 0 complete already, 1 failed"), "{ran:?}");
+    assert!(ran.stdout.lines().any(|line| line.starts_with("failed") && line.ends_with("00007.parquet")), "{ran:?}");
+    assert!(ran.stderr.contains("00007.parquet") && ran.stderr.contains("1 of 20 shards failed"), "{ran:?}");
+    assert!(!dataset.path("out/00007.parquet").exists());
+    let skipped = dataset.score(&["in"], "out/", &["--on-shard-error", "skip"]);
+    assert_eq!(skipped.code, Some(3), "{skipped:?}");
+    assert!(skipped.stdout.contains("20: 0 scored, 19 complete already, 1 failed"), "{skipped:?}");
+    std::fs::write(&bad, &good).unwrap();
+    let mended = dataset.score(&["in"], "out/", &[]);
+    assert_eq!(mended.code, Some(0), "{mended:?}");
+    assert!(mended.stdout.contains("20: 1 scored, 19 complete already, 0 failed"), "{mended:?}");
+    dataset.rows("out");
+}
+
+#[test]
+fn what_cannot_be_a_dataset_is_one_line_and_no_output() {
+    let dataset = Dataset::new(&[("a.parquet", 3), ("b/a.parquet", 3)]);
+    std::fs::create_dir(dataset.path("empty")).unwrap();
+    let path = |name: &str| dataset.text(name);
+    for (inputs, output, more, words) in [
+        (vec!["in"], "in/out/", vec![], vec!["lies below the input prefix", "choose another place"]),
+        (vec!["in/"], "in", vec![], vec!["lies below the input prefix"]),
+        (vec!["in/**/*.parquet"], "in/out/", vec![], vec!["lies below the input prefix"]),
+        (vec!["empty"], "out/", vec![], vec!["empty"]),
+        (vec!["in/*.pq"], "out/", vec![], vec!["no file matches"]),
+        (vec!["in/[.parquet"], "out/", vec![], vec!["is no pattern"]),
+        (vec!["in"], "out.parquet", vec![], vec!["name a prefix that ends in '/'"]),
+        (vec!["in/a.parquet", "in/b/a.parquet"], "out/", vec![], vec!["would both be written to", "a.parquet"]),
+        (vec!["in"], "none/none/out/", vec![], vec!["none"]),
+        (vec!["in"], "out/", vec!["--partition", "3/3"], vec!["worker 3 of 3"]),
+    ] {
+        let ran = dataset.score(&inputs, output, &more);
+        assert!(matches!(ran.code, Some(1 | 2)), "{inputs:?}: {ran:?}");
+        for word in words {
+            assert!(ran.stderr.contains(word), "{inputs:?} to {output}: {}", ran.stderr);
+        }
+        assert!(!ran.stderr.contains("panicked"), "{ran:?}");
+        assert_eq!(names(&dataset.path("in")), ["a.parquet", "b"], "{inputs:?}");
+        assert!(!Path::new(&path("out")).exists() || files(&dataset.path("out")).is_empty(), "{inputs:?} to {output}");
+    }
+}
+
+#[test]
+fn a_dry_run_says_what_is_left_and_does_nothing() {
+    let dataset = Dataset::new(&[("a.parquet", 30), ("b.parquet", 5), ("c.parquet", 7)]);
+    std::fs::create_dir(dataset.path("out")).unwrap();
+    assert_eq!(dataset.score(&["in/a.parquet"], "out/", &[]).code, Some(0));
+    std::fs::write(dataset.path("in/c.parquet"), "no shard").unwrap();
+    let before = files(dataset.folder.path());
+    let ran = dataset.score(&["in"], "out/", &["--dry-run"]);
+    assert_eq!(ran.code, Some(1), "{ran:?}");
+    let lines: Vec<&str> = ran.stdout.lines().collect();
+    assert_eq!(lines.len(), 4, "{ran:?}");
+    for (line, words) in lines.iter().zip([
+        ["in/a.parquet -> ", "complete, 30 rows"],
+        ["out/b.parquet: 5 rows, ", "image \"image\", caption \"caption\""],
+        ["cannot be scored: ", "not a Parquet file"],
+        ["3 shards: 1 to score (5 rows, ", "1 complete already, 1 that cannot be"],
+    ]) {
+        assert!(words.iter().all(|word| line.contains(word)), "{line}");
+    }
+    assert_eq!(files(dataset.folder.path()), before);
+}
+
+/// Killed at any moment and started again, until it is done, over and over.
+#[cfg(unix)]
+#[test]
+fn killed_two_hundred_times_every_row_is_there_once() {
+    const KILLS: usize = 200;
+    let dataset = Dataset::twenty();
+    let start = Instant::now();
+    assert_eq!(dataset.score(&["in"], "whole/", &[]).code, Some(0));
+    let whole = start.elapsed();
+    let expected = dataset.rows("whole");
+    let (mut killed, mut finished, mut state) = (0, 0, 1_u64);
+    while killed < KILLS {
+        let mut child = program().args(dataset.arguments(&["in"], "out/", &[])).spawn().unwrap();
+        // Any moment of a run: a linear congruential generator's upper bits.
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let wait = whole.mul_f64((state >> 33) as f64 / f64::from(1_u32 << 31));
+        std::thread::sleep(wait.min(Duration::from_secs(2)));
+        let ended = child.try_wait().unwrap();
+        drop(child.kill());
+        child.wait().unwrap();
+        match ended {
+            None => killed += 1,
+            Some(status) => {
+                assert_eq!(status.code(), Some(0));
+                finished += 1;
+                assert_same(&dataset.rows("out"), &expected);
+                std::fs::remove_dir_all(dataset.path("out")).unwrap();
+            }
+        }
+        if !dataset.path("out").exists() {
+            continue;
+        }
+        // What is there is whole.
+        for (name, rows) in &dataset.shards {
+            let output = dataset.path("out").join(name);
+            if output.exists() {
+                assert_eq!(read_parquet(&output).num_rows(), *rows, "{name}");
+            }
+        }
+    }
+    let ran = dataset.score(&["in"], "out/", &[]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert_same(&dataset.rows("out"), &expected);
+    // Statistics too, and nothing that killed runs left.
+    let mut expected = names(&dataset.path("whole"));
+    expected.sort_unstable();
+    assert_eq!(names(&dataset.path("out")), expected, "after {killed} kills and {finished} whole runs");
+}
