@@ -89,9 +89,7 @@ fn of_store(error: &StoreError) -> (Code, &'static str) {
         StoreError::Permission { .. } => (Code::PermissionDenied, "STORAGE_DENIED"),
         StoreError::NotFound { .. } | StoreError::NoShards { .. } => (Code::NotFound, "NOT_FOUND"),
         StoreError::NoFolder { .. } => (Code::NotFound, "OUTPUT_FOLDER_NOT_FOUND"),
-        StoreError::Uri { .. } | StoreError::UnsupportedScheme { .. } | StoreError::Folder { .. } => {
-            (Code::InvalidArgument, "URI_INVALID")
-        }
+        StoreError::Uri { .. } | StoreError::Folder { .. } => (Code::InvalidArgument, "URI_INVALID"),
         StoreError::Unusable { .. } => (Code::FailedPrecondition, "PREFIX_UNUSABLE"),
         StoreError::TooManyShards { .. } => (Code::InvalidArgument, "TOO_MANY_SHARDS"),
         StoreError::ThresholdWithoutHead { .. } => (Code::InvalidArgument, "THRESHOLD_WITHOUT_HEAD"),

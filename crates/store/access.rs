@@ -7,6 +7,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use object_store::path::Path as ObjectPath;
+
+use crate::buckets::{Object, find, is_remote};
 use crate::{Error, Location, Result};
 
 /// Objects that may be read and written.
@@ -14,26 +17,30 @@ use crate::{Error, Location, Result};
 pub struct Access {
     /// Folders without links and dots; none: everything.
     folders: Option<Arc<[PathBuf]>>,
+    /// Prefixes of buckets: what comes before the path, and the path.
+    buckets: Arc<[(Arc<str>, ObjectPath)]>,
 }
 
 impl Access {
     /// No limits.
     pub fn everything() -> Self {
-        Self { folders: None }
+        Self { folders: None, buckets: [].into() }
     }
 
     /// Only what lies within these folders; without any, nothing.
     ///
     /// # Errors
-    /// A prefix that is no folder, or a scheme this build does not have.
+    /// A prefix that is no folder and no bucket.
     pub fn only(prefixes: &[String]) -> Result<Self> {
-        let folders = prefixes.iter().map(|prefix| folder(prefix)).collect::<Result<Vec<_>>>()?;
-        Ok(Self { folders: Some(folders.into()) })
+        let (remote, local): (Vec<&String>, Vec<&String>) = prefixes.iter().partition(|prefix| is_remote(prefix));
+        let folders = local.into_iter().map(|prefix| folder(prefix)).collect::<Result<Vec<_>>>()?;
+        let buckets = remote.into_iter().map(|prefix| bucket(prefix)).collect::<Result<Vec<_>>>()?;
+        Ok(Self { folders: Some(folders.into()), buckets: buckets.into() })
     }
 
     /// Whether nothing at all is allowed.
     pub fn is_nothing(&self) -> bool {
-        self.folders.as_ref().is_some_and(|folders| folders.is_empty())
+        self.folders.as_ref().is_some_and(|folders| folders.is_empty()) && self.buckets.is_empty()
     }
 
     /// The object that `uri` names.
@@ -44,7 +51,10 @@ impl Access {
         match &self.folders {
             None => Location::parse(uri),
             // Nothing about what is outside may be learnt from the answer.
-            Some(_) => self.check(Location::parse(uri).map_err(|error| self.hidden(uri, error))?),
+            Some(_) => {
+                self.refuse_stores(uri)?;
+                self.check(Location::parse(uri).map_err(|error| self.hidden(uri, error))?)
+            }
         }
     }
 
@@ -53,6 +63,7 @@ impl Access {
     /// # Errors
     /// As [`Self::open`].
     pub fn resolve(&self, beside: Option<&Location>, reference: &str) -> Result<Location> {
+        self.refuse_stores(reference)?;
         let found = match beside {
             Some(shard) => shard.resolve(reference),
             None if !reference.contains("://") && Path::new(reference).is_relative() => {
@@ -83,6 +94,9 @@ impl Access {
     pub(crate) fn check(&self, location: Location) -> Result<Location> {
         let Some(folders) = &self.folders else { return Ok(location) };
         let denied = || Error::NotAllowed { uri: location.to_string() };
+        if let Some(object) = location.as_object() {
+            return if self.allows(object) { Ok(location) } else { Err(denied()) };
+        }
         let file = location.as_file().ok_or_else(denied)?;
         // Missing files keep their name: the folder's is resolved already.
         let real = file.canonicalize().unwrap_or_else(|_| file.to_owned());
@@ -95,10 +109,26 @@ impl Access {
         location.at_file(&real).filter(|found| found.as_file() == Some(&*real)).ok_or_else(denied)
     }
 
+    /// A store of which nothing is allowed is not even opened.
+    pub(crate) fn refuse_stores(&self, uri: &str) -> Result<()> {
+        let known = |(root, _): &(Arc<str>, ObjectPath)| uri.starts_with(&**root);
+        match self.folders.is_some() && is_remote(uri) && !self.buckets.iter().any(known) {
+            true => Err(Error::NotAllowed { uri: uri.to_owned() }),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether an object, or a prefix of some, is within a bucket's prefix. A name has no dots and links there.
+    pub(crate) fn allows(&self, object: &Object) -> bool {
+        let within =
+            |(root, prefix): &(Arc<str>, ObjectPath)| *root == object.root && object.path.prefix_matches(prefix);
+        self.folders.is_none() || self.buckets.iter().any(within)
+    }
+
     /// Errors that say no more than the name itself does.
     fn hidden(&self, uri: &str, error: Error) -> Error {
         match error {
-            Error::Uri { .. } | Error::UnsupportedScheme { .. } | Error::Folder { .. } => error,
+            Error::Uri { .. } | Error::Folder { .. } => error,
             _ => Error::NotAllowed { uri: uri.to_owned() },
         }
     }
@@ -109,6 +139,29 @@ fn parent(location: &Location, prefix: &str) -> Result<PathBuf> {
     folder.ok_or_else(|| Error::NoShards { uri: prefix.to_owned() })
 }
 
+/// A web server's prefix is none: it may lead on to any other place.
+fn bucket(prefix: &str) -> Result<(Arc<str>, ObjectPath)> {
+    let bad = || Error::AllowedPrefix { prefix: prefix.to_owned() };
+    if prefix.starts_with("http") {
+        return Err(bad());
+    }
+    let object = find(prefix).map_err(|_| bad())?;
+    Ok((object.root, object.path))
+}
+
+/// Whether the prefix `inner` lies within the prefix `outer`, or is it.
+pub fn is_below(inner: &str, outer: &str) -> bool {
+    let slashed = |uri: &str| format!("{}/", uri.trim_end_matches('/'));
+    if is_remote(inner) || is_remote(outer) {
+        return match (find(inner), find(outer)) {
+            (Ok(inner), Ok(outer)) => inner.root == outer.root && inner.path.prefix_matches(&outer.path),
+            _ => false,
+        };
+    }
+    let folder = |uri: &str| Access::everything().folder(&slashed(if uri.is_empty() { "." } else { uri })).ok();
+    matches!((folder(inner), folder(outer)), (Some(inner), Some(outer)) if inner.starts_with(&outer))
+}
+
 fn folder(prefix: &str) -> Result<PathBuf> {
     let bad = || Error::AllowedPrefix { prefix: prefix.to_owned() };
     // Nothing is no folder, though the root's name is nothing and a slash: a variable that is set to nothing opens nothing.
@@ -116,10 +169,7 @@ fn folder(prefix: &str) -> Result<PathBuf> {
         return Err(bad());
     }
     let inside = format!("{}/shard.parquet", prefix.trim_end_matches('/'));
-    let location = Location::parse(&inside).map_err(|error| match error {
-        Error::UnsupportedScheme { .. } => error,
-        _ => bad(),
-    })?;
+    let location = Location::parse(&inside).map_err(|_| bad())?;
     let folder = location.as_file().and_then(Path::parent).ok_or_else(bad)?;
     let real = folder.canonicalize().map_err(|_| bad())?;
     if real.is_dir() { Ok(real) } else { Err(bad()) }

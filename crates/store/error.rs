@@ -17,17 +17,6 @@ pub enum Error {
         /// What is wrong with it.
         reason: &'static str,
     },
-    /// A scheme that is planned but not built.
-    #[error(
-        "{uri}: {scheme} is not supported by this build yet: object-store buckets and web servers come later, copy the \
-         object to a local disk and pass its path"
-    )]
-    UnsupportedScheme {
-        /// As given.
-        uri: String,
-        /// The part before `://`.
-        scheme: String,
-    },
     /// A folder where one object is needed.
     #[error("{uri} is a folder, name a Parquet file, for example {uri}/00000.parquet")]
     Folder {
@@ -121,8 +110,8 @@ pub enum Error {
         /// As it was given.
         uri: String,
     },
-    /// A prefix of `--allow-uri` that is no folder.
-    #[error("--allow-uri {prefix}: expected a folder that exists, as a path or file:// URI")]
+    /// A prefix of `--allow-uri` that is no folder and no bucket's.
+    #[error("--allow-uri {prefix}: expected a folder that exists, or a bucket's prefix such as s3://bucket/data/")]
     AllowedPrefix {
         /// As it was given.
         prefix: String,

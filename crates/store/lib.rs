@@ -15,6 +15,7 @@
 
 mod access;
 mod answers;
+mod buckets;
 mod columns;
 mod error;
 mod features;
@@ -31,7 +32,8 @@ mod upload;
 mod views;
 mod writer;
 
-pub use access::Access;
+pub use access::{Access, is_below};
+pub use buckets::is_remote;
 pub use columns::{CaptionKind, ColumnOptions, Columns, ImageKind};
 pub use error::{Error, Result};
 pub use footer::Footer;
@@ -39,7 +41,9 @@ pub use hub::{FileProgress, HubConfig, fetch_model, fetch_model_with};
 pub use listing::{ListLimits, Listing, URI_BYTES_MAX, is_pattern, pattern_prefix};
 pub use location::{Location, ObjectInfo, below, parts_below};
 pub use output::{CaptionScore, KEEP, OutputHeads, OutputOptions, RowScore, SCORE_STATUS};
+pub use partial::remove_leftovers;
 pub use reader::{Batches, ShardReader, value_counts};
 pub use rows::{CaptionCell, ImageCell, InputRow, key_texts, row, rows};
 pub use stats::{check_stats, has_stats, stats_location, write_stats};
+pub use upload::uploads_settled;
 pub use writer::{ShardWriter, Written};

@@ -7,9 +7,12 @@ use std::fs::FileType;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
+use futures::TryStreamExt;
 use globset::{GlobBuilder, GlobMatcher};
+use object_store::path::Path as ObjectPath;
 
 use crate::access::blocking;
+use crate::buckets::{Object, find, is_remote};
 use crate::location::below;
 use crate::{Access, Error, Location, Result};
 
@@ -37,6 +40,7 @@ pub struct Listing {
     shards: Vec<Location>,
     /// The files behind the shards, links resolved.
     known: HashSet<Arc<Path>>,
+    known_objects: HashSet<String>,
     /// Folders that were walked, links resolved.
     folders: HashSet<PathBuf>,
     name_bytes: usize,
@@ -98,8 +102,17 @@ fn is_parquet(name: &Path) -> bool {
 impl Listing {
     /// Nothing yet.
     pub fn new(access: Access, limits: ListLimits) -> Self {
-        let (shards, known, folders) = (Vec::new(), HashSet::new(), HashSet::new());
-        Self { access, limits, shards, known, folders, name_bytes: 0, entries: 0, wanted: Weak::new() }
+        Self {
+            access,
+            limits,
+            shards: Vec::new(),
+            known: HashSet::new(),
+            known_objects: HashSet::new(),
+            folders: HashSet::new(),
+            name_bytes: 0,
+            entries: 0,
+            wanted: Weak::new(),
+        }
     }
 
     /// Adds what `uri` names: one shard, or every `*.parquet` below a prefix that ends in '/', but for hidden ones ('.' or
@@ -108,6 +121,9 @@ impl Listing {
     /// # Errors
     /// As [`Access::open`]; a prefix without a shard or with one that cannot be used; more than the limits.
     pub async fn add(mut self, uri: &str) -> Result<Self> {
+        if is_remote(uri) && uri.ends_with('/') {
+            return self.add_remote(uri, None, uri).await;
+        }
         let (uri, waiting) = (uri.to_owned(), Arc::new(()));
         self.wanted = Arc::downgrade(&waiting);
         // Names are resolved link by link, with calls of the system that block.
@@ -128,6 +144,9 @@ impl Listing {
     /// # Errors
     /// As [`Self::add`]; what is no pattern.
     pub async fn add_matching(mut self, pattern: &str) -> Result<Self> {
+        if is_remote(pattern) {
+            return self.add_remote(pattern_prefix(pattern), Some(Pattern::new(pattern)?), pattern).await;
+        }
         let (uri, waiting) = (pattern.to_owned(), Arc::new(()));
         self.wanted = Arc::downgrade(&waiting);
         let listed = blocking(move || {
@@ -143,6 +162,51 @@ impl Listing {
         let listed = listed.await;
         drop(waiting);
         listed
+    }
+
+    /// Adds the objects below a prefix; errors are about `asked`.
+    async fn add_remote(mut self, within: &str, pattern: Option<Pattern>, asked: &str) -> Result<Self> {
+        self.access.refuse_stores(within)?;
+        let object = find(within)?;
+        if !self.access.allows(&object) {
+            return Err(Error::NotAllowed { uri: asked.to_owned() });
+        }
+        let waiting = Arc::new(());
+        self.wanted = Arc::downgrade(&waiting);
+        let failed = |source| Error::store(asked, source);
+        let mut listed = object.store.list(Some(&object.path));
+        let mut found: Vec<(ObjectPath, String)> = Vec::new();
+        while let Some(meta) = listed.try_next().await.map_err(failed)? {
+            self.entries += 1;
+            self.check_limits(asked)?;
+            let Some(parts) = meta.location.prefix_match(&object.path) else { continue };
+            let parts: Vec<String> = parts.map(|part| part.as_ref().to_owned()).collect();
+            let name = parts.join("/");
+            let hidden = parts.iter().any(|part| part.starts_with(['.', '_']));
+            let takes = match &pattern {
+                Some(pattern) => pattern.names.is_match(&name),
+                None => is_parquet(Path::new(&name)),
+            };
+            if takes && !hidden {
+                self.name_bytes += name.len();
+                found.push((meta.location, name));
+            }
+        }
+        if found.is_empty() {
+            let uri = asked.to_owned();
+            return Err(if pattern.is_some() { Error::NoMatch { uri } } else { Error::NoShards { uri } });
+        }
+        // Stores list in the order of bytes, but not all promise it.
+        found.sort_unstable();
+        for (path, name) in found {
+            self.name_bytes -= name.len();
+            let uri = name
+                .split('/')
+                .fold(within.trim_end_matches('/').to_owned(), |uri, part| below(&format!("{uri}/"), part));
+            self.keep(Location::of_object(&uri, Object { path, ..object.clone() }))?;
+        }
+        drop(waiting);
+        Ok(self)
     }
 
     /// How many shards there are so far.
@@ -240,7 +304,12 @@ impl Listing {
         if shard.uri().len() > URI_BYTES_MAX {
             return Err(Error::Uri { uri: shard.uri().to_owned(), reason: LONG_URI });
         }
-        if shard.real_file().is_none_or(|file| self.known.insert(file)) {
+        let new = match (shard.real_file(), shard.as_object()) {
+            (Some(file), _) => self.known.insert(file),
+            (None, Some(object)) => self.known_objects.insert(format!("{}/{}", object.root, object.path)),
+            (None, None) => true,
+        };
+        if new {
             self.name_bytes += shard.uri().len();
             self.shards.push(shard);
         }

@@ -1,5 +1,5 @@
-//! A URI and the store behind it. Every byte this crate reads or writes goes through [`object_store::ObjectStore`], so
-//! that buckets need no more than another arm in [`Location::parse`]. Owns no Parquet.
+//! A URI and the store behind it. Every byte this crate reads or writes goes through [`object_store::ObjectStore`]. Owns no
+//! Parquet.
 
 use std::fmt;
 use std::ops::Range;
@@ -14,13 +14,13 @@ use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt};
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_encode};
 
 use crate::access::blocking;
+use crate::buckets::{self, Object};
 use crate::{Error, Result};
-
-/// Schemes that belong to a store this build does not have; others are spelling mistakes.
-const PLANNED: [&str; 11] = ["s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "adl", "http", "https"];
 
 /// Bytes of a file's name at most, on every common file system.
 const NAME_BYTES_MAX: usize = 255;
+
+const SCHEMES: &str = "its scheme is unknown, expected a path, file://, s3://, gs://, az://, abfs:// or http(s)://";
 
 /// What a URI of a file looks like.
 const FILE_URI: &str = "expected file:///absolute/path, where '?', '#', '\\', '%' and what cannot be seen are written as %3F, %23, %5C, %25 and so on";
@@ -61,7 +61,7 @@ enum Place {
     /// A file that the store of all local files can name, with the folder's symbolic links resolved.
     File(Arc<FsPath>),
     /// An object of another store.
-    Object(Arc<dyn ObjectStore>, Path),
+    Object(Object),
 }
 
 /// What a store says about an object without reading it.
@@ -79,7 +79,7 @@ impl Location {
     /// Makes sense of a path or a URI. Nothing is opened; a relative path counts from the working directory.
     ///
     /// # Errors
-    /// When the URI is malformed, names a folder, or has a scheme this build does not read.
+    /// When the URI is malformed, names a folder, or has an unknown scheme.
     pub fn parse(uri: &str) -> Result<Self> {
         let bad = |reason| Error::Uri { uri: uri.to_owned(), reason };
         if uri.is_empty() {
@@ -88,10 +88,8 @@ impl Location {
         let path = match scheme(uri) {
             None => PathBuf::from(uri),
             Some("file") => file_path(uri).ok_or_else(|| bad(FILE_URI))?,
-            Some(scheme) if PLANNED.contains(&scheme.to_ascii_lowercase().as_str()) => {
-                return Err(Error::UnsupportedScheme { uri: uri.to_owned(), scheme: scheme.to_owned() });
-            }
-            Some(_) => return Err(bad("its scheme is unknown, expected a path or file://")),
+            Some(scheme) if buckets::is_scheme(scheme) => return Self::remote(uri),
+            Some(_) => return Err(bad(SCHEMES)),
         };
         if path.components().any(|part| part.as_os_str().len() > NAME_BYTES_MAX) {
             return Err(bad("a part of it is longer than any file system's names"));
@@ -100,6 +98,19 @@ impl Location {
             return Err(Error::Folder { uri: uri.trim_end_matches('/').to_owned() });
         }
         Self::local(uri, &path).ok_or_else(|| bad("its file name has characters that cannot be used"))
+    }
+
+    fn remote(uri: &str) -> Result<Self> {
+        let object = buckets::find(uri)?;
+        if uri.ends_with('/') || object.path.is_root() {
+            return Err(Error::Folder { uri: uri.trim_end_matches('/').to_owned() });
+        }
+        Ok(Self::of_object(uri, object))
+    }
+
+    /// An object of a store, displayed as `uri`.
+    pub(crate) fn of_object(uri: &str, object: Object) -> Self {
+        Self { uri: uri.into(), place: Place::Object(object) }
     }
 
     fn local(uri: &str, path: &FsPath) -> Option<Self> {
@@ -116,7 +127,7 @@ impl Location {
 
     /// An object of a store that the caller brings, displayed as `uri`: for tests, and for stores we do not know.
     pub fn in_store(store: Arc<dyn ObjectStore>, path: Path, uri: &str) -> Self {
-        Self { uri: uri.into(), place: Place::Object(store, path) }
+        Self::of_object(uri, Object { store, path, root: "".into() })
     }
 
     /// The object called `name` beside this one.
@@ -130,8 +141,8 @@ impl Location {
         let uri = if own { below(folder, name) } else { name.to_owned() };
         let place = match &self.place {
             Place::File(file) => Place::File(file.with_file_name(name).into()),
-            Place::Object(store, path) => {
-                Place::Object(Arc::clone(store), path.parent().unwrap_or_default().join(name))
+            Place::Object(object) => {
+                Place::Object(Object { path: object.path.parent().unwrap_or_default().join(name), ..object.clone() })
             }
         };
         Self { uri: uri.into(), place }
@@ -152,10 +163,11 @@ impl Location {
         }
         let found = match &self.place {
             Place::File(file) => file.parent().and_then(|folder| Self::local(reference, &folder.join(reference))),
-            Place::Object(store, path) => path
-                .parent()
-                .and_then(|folder| Path::parse(format!("{folder}/{reference}")).ok())
-                .map(|path| Self::in_store(Arc::clone(store), path, reference)),
+            Place::Object(object) => {
+                let folder = object.path.parent().unwrap_or_default();
+                let path = Path::parse(format!("{folder}/{reference}")).ok();
+                path.map(|path| Self::of_object(reference, Object { path, ..object.clone() }))
+            }
         };
         let found = found.filter(|_| !reference.is_empty() && !reference.ends_with('/'));
         found.ok_or_else(|| Error::Uri { uri: reference.to_owned(), reason: "it names no file" })
@@ -165,7 +177,7 @@ impl Location {
     pub fn file_name(&self) -> &str {
         let name = match &self.place {
             Place::File(file) => file.file_name().and_then(|name| name.to_str()),
-            Place::Object(_, path) => path.filename(),
+            Place::Object(object) => object.path.filename(),
         };
         name.unwrap_or_default()
     }
@@ -174,7 +186,21 @@ impl Location {
     pub fn as_file(&self) -> Option<&FsPath> {
         match &self.place {
             Place::File(file) => Some(file),
-            Place::Object(..) => None,
+            Place::Object(_) => None,
+        }
+    }
+
+    /// Whether it is on a web server, not in a bucket.
+    pub(crate) fn is_web(&self) -> bool {
+        self.as_object()
+            .is_some_and(|object| object.root.starts_with("http") && object.store.to_string().starts_with("HttpStore"))
+    }
+
+    /// The object behind it, where it is no file.
+    pub(crate) fn as_object(&self) -> Option<&Object> {
+        match &self.place {
+            Place::File(_) => None,
+            Place::Object(object) => Some(object),
         }
     }
 
@@ -188,8 +214,8 @@ impl Location {
     pub fn same_object(&self, other: &Self) -> bool {
         match (&self.place, &other.place) {
             (Place::File(ours), Place::File(theirs)) => same_file(ours, theirs),
-            (Place::Object(store, path), Place::Object(other_store, other_path)) => {
-                path == other_path && store.to_string() == other_store.to_string()
+            (Place::Object(ours), Place::Object(theirs)) => {
+                ours.path == theirs.path && ours.store.to_string() == theirs.store.to_string()
             }
             _ => false,
         }
@@ -308,7 +334,7 @@ impl Location {
     pub(crate) fn store(&self) -> Arc<dyn ObjectStore> {
         match &self.place {
             Place::File(_) => Arc::clone(&*LOCAL_FILES) as Arc<dyn ObjectStore>,
-            Place::Object(store, _) => Arc::clone(store),
+            Place::Object(object) => Arc::clone(&object.store),
         }
     }
 
@@ -317,7 +343,7 @@ impl Location {
         match &self.place {
             // Only of a sibling's name is it not known before that the store can say it; no name is the root's, which fails.
             Place::File(file) => Path::from_absolute_path(file).unwrap_or_default(),
-            Place::Object(_, path) => path.clone(),
+            Place::Object(object) => object.path.clone(),
         }
     }
 }

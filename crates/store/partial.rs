@@ -10,6 +10,7 @@ use std::hash::{BuildHasher, Hasher};
 use std::path::{Path, PathBuf};
 
 use crate::Location;
+use crate::access::blocking;
 
 const SUFFIX: &str = ".partial";
 const RANDOM_DIGITS: usize = 16;
@@ -59,6 +60,12 @@ impl Drop for Partial {
             drop(std::fs::remove_file(file));
         }
     }
+}
+
+/// Removes what killed runs left of an output, see [`Partial::remove_all`].
+pub async fn remove_leftovers(output: &Location) {
+    let partial = Partial { target: output.clone(), hidden: None };
+    blocking(move || partial.remove_all()).await;
 }
 
 /// Files of `folder` called `prefix`, some hexadecimal digits, and the suffix.

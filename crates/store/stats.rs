@@ -1,8 +1,10 @@
 //! The small JSON file beside each output shard.
 
 use bytes::Bytes;
+use object_store::ObjectStoreExt;
 use serde::{Deserialize, Serialize};
 
+use crate::partial::{Partial, remove_leftovers};
 use crate::{Error, Location, Result};
 
 /// Bytes of statistics at most, which are a few hundred.
@@ -67,6 +69,20 @@ pub async fn write_stats(shard: &Location, stats: &impl Serialize) -> Result<Loc
     let json = serde_json::to_vec_pretty(stats);
     let mut json = json.map_err(|source| Error::Stats { uri: location.uri().to_owned(), source })?;
     json.push(b'\n');
-    location.put(Bytes::from(json)).await?;
+    let json = Bytes::from(json);
+    let partial = Partial::new(&location);
+    let Some(hidden) = partial.to_rename() else {
+        location.put(json).await?;
+        return Ok(location);
+    };
+    // A file is written under a name that is known for a killed run's, and gets its own by a rename.
+    remove_leftovers(&location).await;
+    hidden.put(json.clone()).await?;
+    match location.store().rename(&hidden.path(), &location.path()).await {
+        Ok(()) => {}
+        // Another run of the same shard took it for a leftover.
+        Err(object_store::Error::NotFound { .. }) => location.put(json).await?,
+        Err(source) => return Err(Error::store(location.uri(), source)),
+    }
     Ok(location)
 }

@@ -64,6 +64,9 @@ impl ShardWriter {
         options: &OutputOptions,
     ) -> Result<Self> {
         let layout = Layout::new(input, columns, options)?;
+        if location.is_web() {
+            return Err(Error::Uri { uri: location.uri().to_owned(), reason: "a web server is read, not written to" });
+        }
         location.check_folder()?;
         if location.exists().await? && !options.overwrite {
             return Err(Error::Exists { uri: location.uri().to_owned() });
@@ -72,7 +75,8 @@ impl ShardWriter {
         let encoder = ArrowWriter::try_new_with_options(Vec::new(), Arc::clone(layout.encoded()), properties);
         let encoder = encoder.map_err(|source| Error::Encode { uri: location.uri().to_owned(), source })?;
         let partial = Partial::new(location);
-        let upload = Upload::start(partial.location()).await;
+        let only_new = !options.overwrite && partial.to_rename().is_none();
+        let upload = Upload::start(partial.location(), only_new).await;
         let upload = upload.map_err(|source| Error::store(location.uri(), source))?;
         Ok(Self {
             location: location.clone(),

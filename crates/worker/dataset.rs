@@ -11,7 +11,9 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use capsieve_store::{Access, ListLimits, Listing, Location, below, is_pattern, parts_below, pattern_prefix};
+use capsieve_store::{
+    Access, ListLimits, Listing, Location, below, is_below, is_pattern, is_remote, parts_below, pattern_prefix,
+};
 use futures::{StreamExt, stream};
 
 use crate::limits::{SHARDS_IN_FLIGHT, SHARDS_LOOKED_AT};
@@ -236,7 +238,7 @@ async fn plan(job: &DatasetJob) -> Result<Plan> {
             (false, false) => listing.add(input).await?,
         };
         if many {
-            not_inside(&job.output, &prefix, &access)?;
+            not_inside(&job.output, &prefix)?;
         }
         prefixes.push((prefix, listing.len()));
     }
@@ -259,7 +261,7 @@ async fn plan(job: &DatasetJob) -> Result<Plan> {
             shards.push(Planned { input, output });
         }
     }
-    let folder = if below_prefix { Some(access.folder(&root)?) } else { None };
+    let folder = if below_prefix && !is_remote(&root) { Some(access.folder(&root)?) } else { None };
     Ok(Plan { shards, folder, single })
 }
 
@@ -272,13 +274,9 @@ fn output_below(root: &str, prefix: &str, shard: &Location) -> String {
 }
 
 /// The next reader of the inputs would take the outputs for some of them.
-fn not_inside(output: &str, prefix: &str, access: &Access) -> Result<()> {
-    let folder = |uri: &str| access.folder(&format!("{}/", uri.trim_end_matches('/'))).ok();
-    let prefix_folder = folder(if prefix.is_empty() { "." } else { prefix });
-    match (folder(output), prefix_folder) {
-        (Some(inside), Some(outside)) if inside.starts_with(&outside) => {
-            Err(Error::SinkInside { sink: output.to_owned(), input: prefix.to_owned() })
-        }
-        _ => Ok(()),
+fn not_inside(output: &str, prefix: &str) -> Result<()> {
+    match is_below(output, prefix) {
+        true => Err(Error::SinkInside { sink: output.to_owned(), input: prefix.to_owned() }),
+        false => Ok(()),
     }
 }

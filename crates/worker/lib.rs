@@ -39,7 +39,7 @@ pub use bench::{BenchOptions, BenchReport, StageReport, bench};
 pub use call::{Call, CallRequest, Event, Events, ScoredRows, ShardDone, Sink, Source};
 pub use capsieve_engine::{Heads, ItmToken, Precision, give_large_buffers_back};
 pub use capsieve_store::Error as StoreError;
-pub use capsieve_store::{Access, CaptionScore, ColumnOptions, RowScore};
+pub use capsieve_store::{Access, CaptionScore, ColumnOptions, RowScore, uploads_settled};
 pub use dataset::{DatasetJob, DatasetReport, Partition, Prospect, look_at_dataset, score_dataset};
 pub use demo::{DemoReport, DemoRow, NoiseReport, demo};
 pub use engine::{DeviceChoice, EngineChoice, Engines, engine_options};

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
-use capsieve_store::{Access, ListLimits, Listing, Location};
+use capsieve_store::{Access, ListLimits, Listing, Location, is_below, is_remote};
 use tokio::sync::Semaphore;
 
 use crate::budget::{Budget, Held};
@@ -113,6 +113,9 @@ fn check_outputs(sink: &Sink, prefixes: HashSet<String>, shards: &[Location], ac
         return Err(Error::Sink { reason: "two shards have the same name: call them one by one" });
     }
     let folder = |input: String| Some((access.folder(&input).ok()?, input));
+    if let Some(input) = prefixes.iter().find(|prefix| is_remote(prefix) && is_below(&sink.uri, prefix)) {
+        return Err(Error::SinkInside { sink: sink.uri.clone(), input: input.clone() });
+    }
     let folders: HashMap<PathBuf, String> = prefixes.into_iter().filter_map(folder).collect();
     for shard in shards {
         let output = access.open(&sink.output(shard)).map_err(|error| Error::SinkUri(Box::new(error)))?;

@@ -217,8 +217,9 @@ async fn look(job: &ScoreJob, (hash, precision): (&str, Precision), access: &Acc
 pub(crate) async fn open(job: &ScoreJob, (hash, precision): (&str, Precision), access: &Access) -> Result<Opened> {
     let Found { input, output, reader, fingerprint, complete } = look(job, (hash, precision), access).await?;
     if let Some(outcome) = complete {
-        // Killed between the output and its statistics, a run leaves them to the next one.
+        // Killed between the output and its statistics, a run leaves them to the next one, and what it had not tidied up.
         if !capsieve_store::has_stats(&output).await? {
+            capsieve_store::remove_leftovers(&output).await;
             restore_stats(job, (hash, precision), &output).await?;
         }
         return Ok(Opened::Complete(outcome, reader.object_info().clone()));

@@ -157,7 +157,7 @@ fn every_refusal_has_its_code_and_names_what_is_wrong() {
         (shard(&format!("in/{}.parquet", "n".repeat(300))), Code::InvalidArgument, "URI_INVALID"),
         (shard("in/text.parquet"), Code::FailedPrecondition, "SHARD_UNREADABLE"),
         (of_shards(&["/etc/hostname".to_owned()]), Code::PermissionDenied, "URI_NOT_ALLOWED"),
-        (of_shards(&["s3://bucket/a.parquet".to_owned()]), Code::InvalidArgument, "URI_INVALID"),
+        (of_shards(&["s3://bucket/a.parquet".to_owned()]), Code::PermissionDenied, "URI_NOT_ALLOWED"),
         (sink("out/none/x.parquet"), Code::NotFound, "OUTPUT_FOLDER_NOT_FOUND"),
         (sink("out/taken.parquet"), Code::AlreadyExists, "OUTPUT_EXISTS"),
         (sink("in/a.parquet"), Code::InvalidArgument, "SINK_INVALID"),

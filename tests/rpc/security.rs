@@ -262,7 +262,7 @@ fn settings_that_protect_nothing_are_errors() {
         (&["--allow-uri", ""], "expected a folder"),
         (&["--allow-uri", " "], "expected a folder"),
         (&["--allow-uri", &format!("{},", shards.root())], "expected a folder"),
-        (&["--allow-uri", "s3://bucket/"], "s3"),
+        (&["--allow-uri", "http://host/data/"], "http://host/data/"),
     ] {
         let ran = serve(arguments);
         assert!(ran.code == Some(1) && ran.stderr.contains(words), "{arguments:?}: {ran:?}");

@@ -22,8 +22,8 @@ pub(crate) struct ServeArgs {
     /// OpenTelemetry collector that takes traces by OTLP over gRPC, such as http://localhost:4317
     #[arg(long, env = "CAPSIEVE_OTLP_ENDPOINT", value_name = "URL")]
     pub(crate) otlp_endpoint: Option<String>,
-    /// Folder that calls may read and write below; repeatable, and a comma separates folders; without it only images that
-    /// come with a call are scored
+    /// Folder, or prefix of a bucket, that calls may read and write below; repeatable, and a comma separates them; without it
+    /// only images that come with a call are scored
     #[arg(long, env = "CAPSIEVE_ALLOW_URI", value_name = "PREFIX", value_delimiter = ',')]
     pub(crate) allow_uri: Vec<String>,
     /// File of bearer tokens, one a line; without it everybody who can connect may call

@@ -41,6 +41,7 @@ pub(crate) fn run(command: Command, log: &LogArgs) -> anyhow::Result<ExitCode> {
     if let Some(traces) = traces {
         traces.end();
     }
+    runtime.block_on(capsieve_worker::uploads_settled());
     // The engine may still be in a batch that nobody waits for.
     runtime.shutdown_background();
     ended

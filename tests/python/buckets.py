@@ -1,0 +1,395 @@
+"""`capsieve score` on buckets: a real S3-compatible server, the Azure emulator, and a proxy that breaks every kind of request.
+
+    pip install 'moto[s3,server]' boto3 azure-storage-blob pyarrow; npm install azurite
+    python tests/python/buckets.py target/release/capsieve [node_modules/.bin/azurite]
+
+Every row of every shard must come out once, with the scores of an undisturbed run on files.
+"""
+import http.client
+import http.server
+import io
+import logging
+import os
+import random
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+import zlib
+from pathlib import Path
+
+import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
+from moto.server import ThreadedMotoServer
+
+PROGRAM = Path(sys.argv[1]).resolve()
+AZURITE = Path(sys.argv[2]).resolve() if len(sys.argv) > 2 else None
+# One worker, other batches: the same scores.
+BATCHING_TOLERANCE = 2e-5
+RUN_SECONDS_MAX = 120
+SHARDS = {f"{folder}{number:05}.parquet": 20 + 7 * number for number, folder in enumerate(["", "", "a/", "a/b c/", "é%/", ""])}
+
+
+def picture(seed):
+    """A PNG of random pixels."""
+    generator = random.Random(seed)
+    width, height = 9 + seed % 5, 8
+    rows = b"".join(b"\0" + generator.randbytes(width * 3) for _ in range(height))
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def shard(number, rows, image=picture):
+    seeds = [number * 1000 + row for row in range(rows)]
+    columns = {"image": [image(seed) for seed in seeds], "caption": [f"caption {seed}" for seed in seeds]}
+    out = io.BytesIO()
+    pq.write_table(pa.table(columns), out, row_group_size=16)
+    return out.getvalue()
+
+
+def run(environment, *arguments, seconds=RUN_SECONDS_MAX):
+    command = [PROGRAM, *arguments]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("CAPSIEVE_", "AWS_", "AZURE_"))}
+    done = subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=seconds)
+    assert "panicked" not in done.stderr, done.stderr
+    return done
+
+
+def score(environment, source, output, *more):
+    return run(environment, "score", "--model", "synthetic:tiny", "--threads", "2", "--input", source, "--output", output, *more)
+
+
+def rows(read):
+    """Every caption with its score; each must be there once."""
+    found = {}
+    for name, count in SHARDS.items():
+        table = pq.read_table(io.BytesIO(read(name)))
+        assert table.num_rows == count, name
+        for caption, value in zip(table["caption"].to_pylist(), table["itm_score"].to_pylist()):
+            assert caption not in found and value is not None, caption
+            found[caption] = value
+    assert len(found) == sum(SHARDS.values())
+    return found
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    worst = max(abs(value - expected[caption]) for caption, value in found.items())
+    assert worst < BATCHING_TOLERANCE, worst
+
+
+class S3:
+    """A bucket on a server of this machine."""
+
+    def __init__(self, port):
+        self.endpoint = f"http://127.0.0.1:{port}"
+        self.keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+        self.environment = self.keys | {"AWS_ENDPOINT_URL": self.endpoint}
+        self.client = boto3.client("s3", endpoint_url=self.endpoint, region_name="us-east-1",
+                                   aws_access_key_id="key", aws_secret_access_key="secret")
+        self.client.create_bucket(Bucket="data")
+        self.root = "s3://data/"
+
+    def put(self, key, data):
+        self.client.put_object(Bucket="data", Key=key, Body=data)
+
+    def get(self, key):
+        return self.client.get_object(Bucket="data", Key=key)["Body"].read()
+
+    def keys_below(self, prefix):
+        return sorted(item["Key"] for item in self.client.list_objects_v2(Bucket="data", Prefix=prefix).get("Contents", []))
+
+    def unfinished(self):
+        return self.client.list_multipart_uploads(Bucket="data").get("Uploads", [])
+
+
+class Azure:
+    """A container of the emulator."""
+
+    def __init__(self, port):
+        from azure.storage.blob import BlobServiceClient
+        key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+        self.url = f"http://127.0.0.1:{port}"
+        self.environment = {"AZURE_STORAGE_USE_EMULATOR": "true", "AZURITE_BLOB_STORAGE_URL": self.url}
+        account = f"DefaultEndpointsProtocol=http;AccountName=devstoreaccount1;AccountKey={key};BlobEndpoint={self.url}/devstoreaccount1;"
+        self.container = BlobServiceClient.from_connection_string(account).create_container("data")
+        self.root = "az://data/"
+
+    def put(self, key, data):
+        self.container.upload_blob(key, data)
+
+    def get(self, key):
+        return self.container.download_blob(key).readall()
+
+    def keys_below(self, prefix):
+        return sorted(self.container.list_blob_names(name_starts_with=prefix))
+
+
+class Breaking(http.server.BaseHTTPRequestHandler):
+    """Hands requests on to the server, and breaks some of them in turn."""
+
+    protocol_version = "HTTP/1.1"
+    upstream = 0
+    lock = threading.Lock()
+    count = 0
+    broken = {}
+    FAULTS = ["503", "reset before", "reset after", "truncated", "429", "500 after", "slow"]
+
+    def log_message(self, *_):
+        pass
+
+    def handle_one_request(self):
+        try:
+            super().handle_one_request()
+        except (ConnectionError, BrokenPipeError):
+            self.close_connection = True
+
+    def fault(self):
+        with Breaking.lock:
+            Breaking.count += 1
+            if Breaking.count % 3 != 0:
+                return None
+            kind = self.FAULTS[Breaking.count // 3 % len(self.FAULTS)]
+            Breaking.broken[kind] = Breaking.broken.get(kind, 0) + 1
+            return kind
+
+    def reset(self):
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
+        raise ConnectionResetError
+
+    def any(self):
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        fault = self.fault()
+        if fault in ("503", "429"):
+            return self.answer(int(fault), {}, b"<Error><Code>SlowDown</Code></Error>")
+        if fault == "reset before":
+            self.reset()
+        if fault == "slow":
+            time.sleep(0.3)
+        upstream = http.client.HTTPConnection("127.0.0.1", Breaking.upstream, timeout=60)
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
+        upstream.request(self.command, self.path, body, headers)
+        answer = upstream.getresponse()
+        data = answer.read()
+        upstream.close()
+        if fault == "reset after":
+            self.reset()
+        if fault == "500 after":
+            return self.answer(500, {}, b"<Error><Code>InternalError</Code></Error>")
+        headers = {name: value for name, value in answer.getheaders()
+                   if name.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server")}
+        length = answer.getheader("content-length")
+        self.answer(answer.status, headers, data, length if self.command == "HEAD" else None, fault == "truncated")
+
+    def answer(self, status, headers, data, length=None, truncated=False):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("content-length", length or str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[:len(data) // 2] if truncated else data)
+        if truncated and data:
+            self.wfile.flush()
+            self.reset()
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = any
+
+
+def a_dataset(store, expected):
+    """From the bucket to the bucket, again, and by a pattern."""
+    for number, (name, count) in enumerate(SHARDS.items()):
+        store.put(f"in/{name}", shard(number, count))
+    store.put("in/_hidden.parquet", b"not looked at")
+    store.put("in/notes.txt", b"nor this")
+    ran = score(store.environment, f"{store.root}in/", f"{store.root}out/")
+    assert ran.returncode == 0, ran
+    assert f"{len(SHARDS)}: {len(SHARDS)} scored, 0 complete already, 0 failed" in ran.stdout, ran.stdout
+    same(rows(lambda name: store.get(f"out/{name}")), expected)
+    keys = store.keys_below("out/")
+    names = [name for key in SHARDS for name in (f"out/{key}", f"out/{key.removesuffix('.parquet')}.stats.json")]
+    assert keys == sorted(names), keys
+    again = score(store.environment, f"{store.root}in/", f"{store.root}out/")
+    assert again.returncode == 0 and f"0 scored, {len(SHARDS)} complete already" in again.stdout, again
+    some = score(store.environment, f"{store.root}in/**/0000[13].parquet", f"{store.root}some/")
+    assert some.returncode == 0, some
+    shards = [key for key in store.keys_below("some/") if key.endswith("parquet")]
+    assert shards == ["some/00001.parquet", "some/a/b c/00003.parquet"], shards
+    other = score(store.environment, f"{store.root}in/", f"{store.root}out/", "--min-itm", "0.5")
+    assert other.returncode == 1 and "--overwrite" in other.stderr, other
+
+
+def large_outputs(store):
+    """Outputs of several parts; images that are none."""
+    store.put("large/a.parquet", shard(9, 40, lambda seed: random.Random(seed).randbytes(1 << 20)))
+    ran = score(store.environment, f"{store.root}large/a.parquet", f"{store.root}large-out/a.parquet")
+    assert ran.returncode == 3 and "decode_failed 40" in ran.stdout, ran
+    source, output = (pq.read_table(io.BytesIO(store.get(key))) for key in ("large/a.parquet", "large-out/a.parquet"))
+    assert output["image"] == source["image"] and output["score_status"].to_pylist() == ["decode_failed"] * 40
+
+
+def what_cannot_be(store):
+    for source, output, words in [
+        (f"{store.root}none/", f"{store.root}out/", "none"),
+        (f"{store.root}none.parquet", f"{store.root}out.parquet", "does not exist"),
+        (f"{store.root}in/", f"{store.root}in/out/", "lies below the input prefix"),
+        (f"{store.root}in/*.pq", f"{store.root}out/", "no file matches"),
+        (f"{store.root}in/", f"{store.root}out.parquet", "name a prefix"),
+        (store.root.replace("data", "nobucket") + "in/", f"{store.root}out/", "nobucket"),
+    ]:
+        ran = score(store.environment, source, output)
+        assert ran.returncode == 1 and words in ran.stderr, (source, ran)
+        assert len(ran.stderr.splitlines()) == 1, ran.stderr
+
+
+def kills(s3, expected, count):
+    """Killed at any moment and started again: what is there is whole."""
+    generator, killed = random.Random(1), 0
+    while killed < count:
+        command = [PROGRAM, "score", "--model", "synthetic:tiny", "--threads", "2", "--input", "s3://data/in/",
+                   "--output", "s3://data/killed/"]
+        worker = subprocess.Popen(command, env=os.environ | s3.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(generator.uniform(0.0, 1.0))
+        if worker.poll() is None:
+            killed += 1
+        worker.kill()
+        worker.wait()
+        for key in s3.keys_below("killed/"):
+            if key.endswith(".parquet"):
+                assert pq.read_table(io.BytesIO(s3.get(key))).num_rows == SHARDS[key.removeprefix("killed/")]
+        if worker.returncode == 0:
+            for key in s3.keys_below("killed/"):
+                s3.client.delete_object(Bucket="data", Key=key)
+    ran = score(s3.environment, "s3://data/in/", "s3://data/killed/")
+    assert ran.returncode == 0, ran
+    same(rows(lambda name: s3.get(f"killed/{name}")), expected)
+
+
+def faults(s3, expected):
+    """Every third request is broken in some way."""
+    Breaking.upstream = urllib.parse.urlsplit(s3.endpoint).port
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Breaking)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    environment = s3.keys | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}"}
+    attempts = 0
+    while True:
+        attempts += 1
+        ran = score(environment, "s3://data/in/", "s3://data/faults/")
+        if ran.returncode == 0:
+            break
+        # What a retry cannot hide is an error of its shard, and the same command goes on.
+        assert ran.returncode == 1 and "shards failed" in ran.stderr and attempts < 5, ran
+    same(rows(lambda name: s3.get(f"faults/{name}")), expected)
+    large = score(environment, "s3://data/large/a.parquet", "s3://data/faults-large/a.parquet")
+    assert large.returncode == 3, large
+    assert s3.get("faults-large/a.parquet"), "it is whole"
+    proxy.shutdown()
+    print(f"  {Breaking.count} requests, broken: {Breaking.broken}, runs: {attempts}")
+    assert set(Breaking.broken) == set(Breaking.FAULTS), Breaking.broken
+
+
+def given_up_uploads(s3):
+    """An upload that cannot be completed leaves no parts."""
+    data = s3.get("large/a.parquet")
+    s3.put("large/b.parquet", data[:len(data) * 3 // 4] + bytes(len(data) // 8) + data[len(data) * 7 // 8:])
+    ran = score(s3.environment, "s3://data/large/b.parquet", "s3://data/large-out/b.parquet")
+    assert ran.returncode == 1 and "large/b.parquet" in ran.stderr, ran
+    assert s3.keys_below("large-out/b") == [] and s3.unfinished() == [], s3.unfinished()
+
+
+def a_worker(s3, expected):
+    """The gRPC worker reads and writes a bucket that it was allowed to."""
+    arguments = ["serve", "--model", "synthetic:tiny", "--listen", "127.0.0.1:0", "--threads", "2", "--allow-uri", "s3://data/in/",
+                 "--allow-uri", "s3://data/served/"]
+    worker = subprocess.Popen([PROGRAM, *arguments], env=os.environ | s3.environment, stderr=subprocess.PIPE, text=True)
+    address = next(line.split("listening on ")[1].strip() for line in worker.stderr if "listening on " in line)
+    threading.Thread(target=worker.stderr.read, daemon=True).start()
+    submit = ["submit", "--endpoint", f"http://{address}", "--patience", "5"]
+    for output in ([], ["--output", "s3://data/served/flat/"]):
+        ran = run({}, *submit, "--input", *(f"s3://data/in/{urllib.parse.quote(name)}" for name in SHARDS), *output)
+        assert ran.returncode == 0, ran
+    assert len(s3.keys_below("served/flat/")) == 2 * len(SHARDS)
+    for source in ["s3://data/large/a.parquet", "s3://data/served/../large/a.parquet", "s3://data/", "s3://other/a.parquet",
+                   "s3://data/in%2F..%2Flarge/a.parquet", f"{s3.endpoint}/data/in/00000.parquet", "s3a://data/in/00000.parquet"]:
+        ran = run({}, *submit, "--input", source)
+        assert ran.returncode == 1 and ("PERMISSION_DENIED" in ran.stderr or "INVALID_ARGUMENT" in ran.stderr), (source, ran)
+    worker.terminate()
+    worker.wait(timeout=30)
+
+
+def a_web_server(s3):
+    s3.client.put_object_acl(Bucket="data", Key="in/00000.parquet", ACL="public-read")
+    with tempfile.TemporaryDirectory() as folder:
+        output = f"{folder}/out.parquet"
+        ran = score({}, f"{s3.endpoint}/data/in/00000.parquet", output)
+        assert ran.returncode == 0 and pq.read_table(output).num_rows == SHARDS["00000.parquet"], ran
+    refused = score({}, f"{s3.endpoint}/data/in/00000.parquet", f"{s3.endpoint}/data/web.parquet")
+    assert refused.returncode == 1 and "not written to" in refused.stderr, refused
+
+
+def undisturbed():
+    """The scores of a run on files."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, count) in enumerate(SHARDS.items()):
+            path = Path(folder, "in", name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(shard(number, count))
+        ran = score({}, f"{folder}/in/", f"{folder}/out/")
+        assert ran.returncode == 0, ran
+        return rows(lambda name: Path(folder, "out", name).read_bytes())
+
+
+def step(name, work, *arguments):
+    start = time.monotonic()
+    work(*arguments)
+    print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
+
+
+def main():
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    expected = undisturbed()
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    s3 = S3(server.get_host_and_port()[1])
+    step("s3: a dataset", a_dataset, s3, expected)
+    step("s3: large outputs", large_outputs, s3)
+    step("s3: uploads that are given up", given_up_uploads, s3)
+    step("s3: what cannot be", what_cannot_be, s3)
+    step("s3: a worker", a_worker, s3, expected)
+    step("s3: a web server", a_web_server, s3)
+    step("s3: faults", faults, s3, expected)
+    step("s3: kills", kills, s3, expected, 25)
+    server.stop()
+    if AZURITE:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        with tempfile.TemporaryDirectory() as folder:
+            command = [AZURITE, "--silent", "--skipApiVersionCheck", "--location", folder, "--blobPort", str(port)]
+            emulator = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            try:
+                while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
+                    assert emulator.poll() is None, "the emulator does not start"
+                    time.sleep(0.1)
+                azure = Azure(port)
+                step("azure: a dataset", a_dataset, azure, expected)
+                step("azure: large outputs", large_outputs, azure)
+                step("azure: what cannot be", what_cannot_be, azure)
+            finally:
+                emulator.kill()
+                emulator.wait()
+    print("ok")
+
+
+main()
