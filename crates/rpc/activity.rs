@@ -219,6 +219,15 @@ mod tests {
     }
 
     #[test]
+    fn who_was_accepted_meanwhile_is_not_given_up() {
+        let ((client, _), (stranger, _)) = (activity(None), activity(None));
+        drop(client.accept(Kind::Other));
+        assert!(!client.give_up() && !client.given_up());
+        drop(stranger.accept_stranger(Kind::Health));
+        assert!(stranger.give_up() && stranger.given_up());
+    }
+
+    #[test]
     fn what_may_stay_open_is_few() {
         let (activity, _) = activity(None);
         let mut held: Vec<_> = (0..FEW).map(|_| activity.accept_stranger(Kind::Health).unwrap()).collect();

@@ -201,10 +201,21 @@ mod tests {
         }
         let after = begun.load(Ordering::SeqCst);
         assert!(after - before <= 3, "{} tasks of 20 ms while 10 of 1 ms waited", after - before);
-        // What nobody waits for is not begun.
+        // What nobody waits for is not begun, though what comes behind it is.
         drop(slow);
-        threads.run(&small, std::iter::once(|| ())).remove(0).blocking_recv().unwrap();
+        threads.run(&large, std::iter::once(|| ())).remove(0).blocking_recv().unwrap();
         assert!(begun.load(Ordering::SeqCst) <= after + 2);
+    }
+
+    #[test]
+    fn who_comes_late_is_not_owed_the_time_before() {
+        let turn = |job, spent| Turn { job, spent: Arc::new(AtomicU64::new(spent)) };
+        let tasks = || (0..2).map(|_| Box::new(|| ()) as Task).collect();
+        let (mut state, early, late) = (State::default(), turn(0, 1000), turn(1, 0));
+        state.add(&early, tasks());
+        assert!(state.next().is_some());
+        state.add(&late, tasks());
+        assert_eq!(late.spent.load(Ordering::Relaxed), 1000);
     }
 
     #[test]

@@ -24,14 +24,17 @@ fn a_call_cut_after_any_message_goes_on_with_the_next_row() {
         assert_eq!(want.len(), 221);
         for cut in 1..whole.events.len() {
             let mut stream = client.score_batch(request.clone()).await.unwrap().into_inner();
-            let (mut got, mut tokens) = (Vec::<Entry>::new(), std::collections::HashMap::new());
+            let (mut got, mut over, mut tokens) = (Vec::<Entry>::new(), Vec::new(), std::collections::HashMap::new());
             for _ in 0..cut {
                 match stream.message().await.unwrap().unwrap().event.unwrap() {
                     Event::Chunk(chunk) => {
                         got.extend(of_chunk(&chunk));
                         tokens.insert(chunk.shard_index, chunk.resume_token.to_vec());
                     }
-                    Event::ShardDone(done) => drop(tokens.insert(done.shard_index, done.resume_token.to_vec())),
+                    Event::ShardDone(done) => {
+                        over.push(done.shard_index);
+                        tokens.insert(done.shard_index, done.resume_token.to_vec());
+                    }
                     _ => {}
                 }
             }
@@ -39,6 +42,11 @@ fn a_call_cut_after_any_message_goes_on_with_the_next_row() {
             // On another worker, which has the same model.
             let rest = call(&mut second, with_tokens(request.clone(), tokens.into_values().collect())).await;
             got.extend(rest.entries());
+            let skipped = rest.events.iter().filter_map(|event| match event {
+                Event::ShardDone(done) => done.skipped.then_some(done.shard_index),
+                _ => None,
+            });
+            assert_eq!(skipped.collect::<Vec<_>>(), over, "what is done is not begun again, cut after {cut}");
             assert_eq!(got.len(), want.len(), "cut after {cut} messages");
             assert!(got.iter().zip(&want).all(|(got, want)| got.1 == want.1 && got.3 == want.3), "cut after {cut}");
         }

@@ -68,6 +68,10 @@ fn a_worker_that_gets_nowhere_is_given_up() {
         let fake = Fake::new(|_, _| turn(vec![started(&["/a"])], cut()));
         let error = submit(&submission(fake.serve().await, request.clone())).await.unwrap_err();
         assert!(matches!(error, SubmitError::Stuck { attempts: 20, .. }), "{error:?}");
+        let (patience, delay_max) = (Duration::from_millis(500), Duration::from_millis(100));
+        let impatient = Submission { patience, delay_max, ..submission(fake.serve().await, request.clone()) };
+        let error = submit(&impatient).await.unwrap_err();
+        assert!(matches!(error, SubmitError::Lost { .. }), "to accept is no sign of life: {error:?}");
         // One that comes a row farther each time is not.
         let fake = Fake::new(|call, _| match call {
             0..40 => turn(vec![started(&["/a"]), progress(call as u64 + 1, 0)], cut()),
