@@ -218,10 +218,7 @@ pub(crate) async fn open(job: &ScoreJob, (hash, precision): (&str, Precision), a
     let Found { input, output, reader, fingerprint, complete } = look(job, (hash, precision), access).await?;
     if let Some(outcome) = complete {
         // Killed between the output and its statistics, a run leaves them to the next one, and what it had not tidied up.
-        if !capsieve_store::has_stats(&output).await? {
-            capsieve_store::remove_leftovers(&output).await;
-            restore_stats(job, (hash, precision), &output).await?;
-        }
+        restore_stats(job, (hash, precision), &output).await?;
         return Ok(Opened::Complete(outcome, reader.object_info().clone()));
     }
     let options = output_options(job, (hash, precision), &fingerprint, &reader, &input);
@@ -267,7 +264,12 @@ impl OpenShard {
                 return match complete(job, &output, &fingerprint).await {
                     // It was another job, and this one was to replace what is there: "exists" would be no help.
                     Err(Error::Foreign { .. }) if job.overwrite => Err(error.into()),
-                    found => found,
+                    // A store may have taken our own output although its answer was lost.
+                    Ok(found) => {
+                        restore_stats(job, (&engine.hash, engine.precision), &output).await?;
+                        Ok(found)
+                    }
+                    Err(error) => Err(error),
                 };
             }
             Err(error) => return Err(error),
@@ -302,8 +304,12 @@ async fn complete(job: &ScoreJob, output: &Location, fingerprint: &str) -> Resul
     }
 }
 
-/// The statistics of an output, from what it says itself: how long it took is lost.
+/// The statistics of an output that has none, from what it says itself: how long it took is lost.
 async fn restore_stats(job: &ScoreJob, (hash, precision): (&str, Precision), output: &Location) -> Result<()> {
+    if capsieve_store::has_stats(output).await? {
+        return Ok(());
+    }
+    capsieve_store::remove_leftovers(output).await;
     let footer = Footer::read(output).await?;
     let (rows, pairs, bytes) = (footer.rows(), footer.scored_pairs(), footer.object_info().size);
     let kept = capsieve_store::value_counts(footer.clone(), KEEP).await?.map(|kept| kept.get("true").copied());
