@@ -189,8 +189,14 @@ fn what_cannot_be_a_dataset_is_one_line_and_no_output() {
         (vec!["in/*.pq"], "out/", vec![], vec!["no file matches"]),
         (vec!["in/[.parquet"], "out/", vec![], vec!["is no pattern"]),
         (vec!["in"], "out.parquet", vec![], vec!["name a prefix that ends in '/'"]),
-        (vec!["in/a.parquet", "in/b/a.parquet"], "out/", vec![], vec!["would both be written to", "a.parquet"]),
+        (
+            vec!["in/a.parquet", "in/b/a.parquet"],
+            "out/",
+            vec![],
+            vec!["where another shard or its output is", "a.parquet"],
+        ),
         (vec!["in"], "none/none/out/", vec![], vec!["none"]),
+        (vec!["in"], "https://host/out/", vec![], vec!["not written to"]),
         (vec!["in"], "out/", vec!["--partition", "3/3"], vec!["worker 3 of 3"]),
     ] {
         let ran = dataset.score(&inputs, output, &more);

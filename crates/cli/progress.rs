@@ -53,6 +53,7 @@ fn bar() -> ProgressBar {
 /// Rows of all shards, of which only some were opened: the others are taken to be like them.
 fn rows_of_all(progress: &Progress) -> u64 {
     let ((_, total), opened) = (progress.shards(), progress.opened());
+    let total = total.saturating_sub(progress.skipped());
     let rows = progress.rows_total();
     if opened == 0 || total == 0 { rows } else { rows.max(rows.saturating_mul(u64::from(total)) / u64::from(opened)) }
 }

@@ -111,7 +111,8 @@ impl Access {
 
     /// A store of which nothing is allowed is not even opened.
     pub(crate) fn refuse_stores(&self, uri: &str) -> Result<()> {
-        let known = |(root, _): &(Arc<str>, ObjectPath)| uri.starts_with(&**root);
+        let rest = |root: &str| uri.strip_prefix(root).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+        let known = |(root, _): &(Arc<str>, ObjectPath)| rest(root);
         match self.folders.is_some() && is_remote(uri) && !self.buckets.iter().any(known) {
             true => Err(Error::NotAllowed { uri: uri.to_owned() }),
             false => Ok(()),
@@ -154,7 +155,7 @@ pub fn is_below(inner: &str, outer: &str) -> bool {
     let slashed = |uri: &str| format!("{}/", uri.trim_end_matches('/'));
     if is_remote(inner) || is_remote(outer) {
         return match (find(inner), find(outer)) {
-            (Ok(inner), Ok(outer)) => inner.root == outer.root && inner.path.prefix_matches(&outer.path),
+            (Ok(inner), Ok(outer)) => inner.same_store(&outer) && inner.path.prefix_matches(&outer.path),
             _ => false,
         };
     }

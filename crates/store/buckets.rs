@@ -44,6 +44,13 @@ pub(crate) struct Object {
     pub(crate) root: Arc<str>,
 }
 
+impl Object {
+    /// Whether both are in one store, by whatever scheme.
+    pub(crate) fn same_store(&self, other: &Self) -> bool {
+        self.store.to_string() == other.store.to_string()
+    }
+}
+
 /// Whether a scheme is one of a bucket or a web server.
 pub(crate) fn is_scheme(scheme: &str) -> bool {
     SCHEMES.contains(&scheme)
@@ -56,7 +63,7 @@ pub fn is_remote(uri: &str) -> bool {
 
 /// What `uri` names. Nothing is asked of the store.
 pub(crate) fn find(uri: &str) -> Result<Object> {
-    let bad = |reason| Error::Uri { uri: uri.to_owned(), reason };
+    let bad = |reason| Error::Uri { uri: redacted(uri), reason };
     let dots = |part: &str| percent_decode_str(part).decode_utf8().is_ok_and(|part| part == "." || part == "..");
     if uri.split('/').any(dots) {
         return Err(bad("names in stores have no parts . and .."));
@@ -65,10 +72,17 @@ pub(crate) fn find(uri: &str) -> Result<Object> {
     if url.query().is_some() || url.fragment().is_some() {
         return Err(bad(ENCODE));
     }
-    if url.password().is_some() {
-        return Err(bad("it holds a password, which would end up in logs: use the store's environment variables"));
+    // An Azure URI names its account there, and no other has anything to say.
+    let web = matches!(url.scheme(), "http" | "https");
+    if url.password().is_some() || (web && !url.username().is_empty()) {
+        return Err(bad("it holds a name or a password, which would end up in logs: use environment variables"));
     }
-    let (scheme, path) = ObjectStoreScheme::parse(&url).map_err(|_| bad("no store is known by that name"))?;
+    // Addresses of buckets are taken as they are: which part of them names the bucket is each provider's own.
+    let found = match web {
+        true => Path::from_url_path(url.path()).map(|path| (ObjectStoreScheme::Http, path)).ok(),
+        false => ObjectStoreScheme::parse(&url).ok(),
+    };
+    let (scheme, path) = found.ok_or_else(|| bad("it is no name of an object, which has no empty parts"))?;
     let root = &url[..Position::BeforePath];
     let mut stores = STORES.lock().unwrap_or_else(PoisonError::into_inner);
     let store = match stores.get(root) {
@@ -83,6 +97,15 @@ pub(crate) fn find(uri: &str) -> Result<Object> {
         }
     };
     Ok(Object { store, path, root: root.into() })
+}
+
+/// A URI without what may be secret.
+fn redacted(uri: &str) -> String {
+    let (whole, query) = uri.split_once('?').map_or((uri, ""), |(whole, _)| (whole, "?..."));
+    let Some((scheme, rest)) = whole.split_once("://") else { return format!("{whole}{query}") };
+    let authority = rest.find('/').unwrap_or(rest.len());
+    let rest = rest[..authority].rfind('@').map_or_else(|| rest.to_owned(), |at| format!("...{}", &rest[at..]));
+    format!("{scheme}://{rest}{query}")
 }
 
 fn open(scheme: &ObjectStoreScheme, url: &Url) -> object_store::Result<Arc<dyn ObjectStore>> {

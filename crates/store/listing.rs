@@ -66,7 +66,8 @@ struct Pattern {
 /// Whether a URI is a pattern: `*` and `?` stand for letters of a name, `**` for folders, `[ab]` and `{a,b}` for one of several.
 /// A file that is really called so is no pattern.
 pub fn is_pattern(uri: &str) -> bool {
-    uri.contains(PATTERN_LETTERS) && !Path::new(uri).exists()
+    // The address of a web server may have a query, and is never a pattern: there is nothing to list.
+    uri.contains(PATTERN_LETTERS) && !uri.starts_with("http") && !Path::new(uri).exists()
 }
 
 /// The prefix that all matches of a pattern lie below.
@@ -306,7 +307,7 @@ impl Listing {
         }
         let new = match (shard.real_file(), shard.as_object()) {
             (Some(file), _) => self.known.insert(file),
-            (None, Some(object)) => self.known_objects.insert(format!("{}/{}", object.root, object.path)),
+            (None, Some(object)) => self.known_objects.insert(format!("{}/{}", object.store, object.path)),
             (None, None) => true,
         };
         if new {

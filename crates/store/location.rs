@@ -214,9 +214,7 @@ impl Location {
     pub fn same_object(&self, other: &Self) -> bool {
         match (&self.place, &other.place) {
             (Place::File(ours), Place::File(theirs)) => same_file(ours, theirs),
-            (Place::Object(ours), Place::Object(theirs)) => {
-                ours.path == theirs.path && ours.store.to_string() == theirs.store.to_string()
-            }
+            (Place::Object(ours), Place::Object(theirs)) => ours.path == theirs.path && ours.same_store(theirs),
             _ => false,
         }
     }
@@ -295,6 +293,22 @@ impl Location {
         self.check_folder()?;
         let put = self.store().put(&self.path(), bytes.into()).await;
         put.map(drop).map_err(|source| Error::store(&self.uri, source))
+    }
+
+    /// Sees whether this output could be written, where a store says so without writing anything.
+    ///
+    /// # Errors
+    /// When it could not be.
+    pub async fn check_writable(&self) -> Result<()> {
+        if self.is_web() {
+            return Err(Error::Uri { uri: self.uri.to_string(), reason: "a web server is read, not written to" });
+        }
+        if self.as_object().is_none() {
+            return Ok(());
+        }
+        let begun = self.store().put_multipart(&self.path()).await;
+        let mut upload = begun.map_err(|source| Error::store(&self.uri, source))?;
+        upload.abort().await.map_err(|source| Error::store(&self.uri, source))
     }
 
     /// Makes the folders between a local output's prefix and itself; the prefix's own where that is the last one missing.

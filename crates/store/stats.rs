@@ -52,12 +52,27 @@ pub async fn check_stats(shard: &Location) -> Result<()> {
     if ours { Ok(()) } else { Err(foreign()) }
 }
 
-/// Whether a shard has statistics.
+/// Whether a shard has statistics of the job with this fingerprint.
 ///
 /// # Errors
 /// When the store cannot say.
-pub async fn has_stats(shard: &Location) -> Result<bool> {
-    stats_location(shard).exists().await
+pub async fn has_stats(shard: &Location, fingerprint: &str) -> Result<bool> {
+    #[derive(Deserialize)]
+    struct Known {
+        fingerprint: String,
+    }
+    let location = stats_location(shard);
+    let info = match location.head_within(STATS_BYTES_MAX).await {
+        Ok(info) => info,
+        Err(Error::NotFound { .. } | Error::TooLarge { .. }) => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    let bytes = match location.get(&info).await {
+        Ok(bytes) => bytes,
+        Err(Error::NotFound { .. } | Error::Changed { .. }) => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    Ok(serde_json::from_slice::<Known>(&bytes).is_ok_and(|known| known.fingerprint == fingerprint))
 }
 
 /// Writes the statistics of `shard` at once, replacing older ones, and returns where.

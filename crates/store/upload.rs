@@ -86,12 +86,10 @@ impl Upload {
                 source: "another run was faster".into(),
             });
         }
-        let mut multipart = self.multipart.take().expect("it was begun");
-        let completed = multipart.complete().await.map(drop);
-        if completed.is_err() {
-            self.multipart = Some(multipart);
-        }
-        completed
+        // Dropped meanwhile, it is given up as before.
+        self.multipart.as_mut().expect("it was begun").complete().await?;
+        self.multipart = None;
+        Ok(())
     }
 
     /// All of it in one request, which the store does or refuses as a whole.

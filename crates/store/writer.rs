@@ -64,9 +64,6 @@ impl ShardWriter {
         options: &OutputOptions,
     ) -> Result<Self> {
         let layout = Layout::new(input, columns, options)?;
-        if location.is_web() {
-            return Err(Error::Uri { uri: location.uri().to_owned(), reason: "a web server is read, not written to" });
-        }
         location.check_folder()?;
         if location.exists().await? && !options.overwrite {
             return Err(Error::Exists { uri: location.uri().to_owned() });

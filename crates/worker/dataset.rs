@@ -138,6 +138,9 @@ pub async fn score_dataset(model: &LoadedModel, job: &DatasetJob, progress: &Pro
             Err(error) if plan.single || ends_all(&error) => return Err(error),
             other => other,
         };
+        if matches!(outcome, Ok(Outcome::Complete { .. })) {
+            progress.skip_shard();
+        }
         report.add(input, outcome, plan.single);
         if !plan.single {
             progress.show_shards(u32::try_from(report.done()).unwrap_or(u32::MAX), total);
@@ -225,7 +228,10 @@ async fn plan(job: &DatasetJob) -> Result<Plan> {
     for input in &job.inputs {
         let (pattern, folder) = (is_pattern(input), Path::new(input).is_dir());
         let prefix = match input {
-            pattern_input if pattern => pattern_prefix(pattern_input).to_owned(),
+            pattern_input if pattern => match pattern_prefix(pattern_input) {
+                "" => "./".to_owned(),
+                prefix => prefix.to_owned(),
+            },
             folder_input if folder && !folder_input.ends_with('/') => format!("{folder_input}/"),
             other if other.ends_with('/') => other.clone(),
             shard => shard[..shard.rfind('/').map_or(0, |slash| slash + 1)].to_owned(),
@@ -237,8 +243,11 @@ async fn plan(job: &DatasetJob) -> Result<Plan> {
             (false, true) => listing.add(&prefix).await?,
             (false, false) => listing.add(input).await?,
         };
-        if many {
-            not_inside(&job.output, &prefix)?;
+        // What a pattern names beside the outputs, it does not name below them.
+        let flat = pattern && !input[pattern_prefix(input).len()..].contains('/') && !input.contains("**");
+        if many && is_below(&job.output, &prefix) && (!flat || is_below(&prefix, &job.output)) {
+            // The next reader of the inputs would take the outputs for some of them.
+            return Err(Error::SinkInside { sink: job.output.clone(), input: prefix });
         }
         prefixes.push((prefix, listing.len()));
     }
@@ -247,14 +256,20 @@ async fn plan(job: &DatasetJob) -> Result<Plan> {
         return Err(Error::OutputPrefix { output: job.output.clone() });
     }
     let root = if job.output.ends_with('/') { job.output.clone() } else { format!("{}/", job.output) };
-    let mut shards = Vec::with_capacity(listing.len());
+    if is_remote(&job.output) {
+        let any = if below_prefix { below(&root, "shard.parquet") } else { job.output.clone() };
+        Location::parse(&any)?.check_writable().await?;
+    }
+    let (inputs, mut shards) = (listing.into_shards(), Vec::new());
     let (mut named, mut prefix) = (HashSet::new(), 0);
-    for (number, input) in listing.into_shards().into_iter().enumerate() {
+    let known: HashSet<String> = inputs.iter().map(Location::to_string).collect();
+    for (number, input) in inputs.into_iter().enumerate() {
         while number >= prefixes[prefix].1 {
             prefix += 1;
         }
         let output = if below_prefix { output_below(&root, &prefixes[prefix].0, &input) } else { job.output.clone() };
-        if !named.insert(output.clone()) {
+        let replaces = known.contains(&output) && !single;
+        if replaces || !named.insert(output.clone()) {
             return Err(Error::SameOutput { input: input.to_string(), output });
         }
         if job.partition.is_none_or(|Partition { index, count }| number % count == index) {
@@ -271,12 +286,4 @@ fn output_below(root: &str, prefix: &str, shard: &Location) -> String {
     let (name, folders) = parts.split_last().expect("a name has a last part");
     let folder = folders.iter().fold(root.to_owned(), |within, part| format!("{}/", below(&within, part)));
     below(&folder, name)
-}
-
-/// The next reader of the inputs would take the outputs for some of them.
-fn not_inside(output: &str, prefix: &str) -> Result<()> {
-    match is_below(output, prefix) {
-        true => Err(Error::SinkInside { sink: output.to_owned(), input: prefix.to_owned() }),
-        false => Ok(()),
-    }
 }

@@ -111,7 +111,7 @@ pub enum Error {
         output: String,
     },
     /// Two shards of different inputs have the same name.
-    #[error("{input} and another shard would both be written to {output}: score them to different prefixes")]
+    #[error("the output of {input} would be {output}, where another shard or its output is: choose another prefix")]
     SameOutput {
         /// The second shard.
         input: String,

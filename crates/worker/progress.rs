@@ -16,6 +16,7 @@ struct Counters {
     shards: AtomicU32,
     shards_total: AtomicU32,
     shards_opened: AtomicU32,
+    shards_skipped: AtomicU32,
 }
 
 impl Progress {
@@ -60,6 +61,15 @@ impl Progress {
     /// So many shards were opened.
     pub fn show_opened(&self, shards: u32) {
         self.0.shards_opened.store(shards, Ordering::Relaxed);
+    }
+
+    /// Shards that were complete already.
+    pub fn skipped(&self) -> u32 {
+        self.0.shards_skipped.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn skip_shard(&self) {
+        self.0.shards_skipped.fetch_add(1, Ordering::Relaxed);
     }
 
     /// So many shards are done of so many.

@@ -70,6 +70,8 @@ pub struct Stats {
     pub output: String,
     /// SHA-256 of the model.
     pub model: String,
+    /// SHA-256 of all that decides the output: the input's version, the model, the options.
+    pub fingerprint: String,
     /// "cpu (avx512, 2 threads)"; not there where a killed run could not say.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub device: String,
@@ -218,7 +220,7 @@ pub(crate) async fn open(job: &ScoreJob, (hash, precision): (&str, Precision), a
     let Found { input, output, reader, fingerprint, complete } = look(job, (hash, precision), access).await?;
     if let Some(outcome) = complete {
         // Killed between the output and its statistics, a run leaves them to the next one, and what it had not tidied up.
-        restore_stats(job, (hash, precision), &output).await?;
+        restore_stats(job, (hash, precision), &fingerprint, &output).await?;
         return Ok(Opened::Complete(outcome, reader.object_info().clone()));
     }
     let options = output_options(job, (hash, precision), &fingerprint, &reader, &input);
@@ -266,7 +268,7 @@ impl OpenShard {
                     Err(Error::Foreign { .. }) if job.overwrite => Err(error.into()),
                     // A store may have taken our own output although its answer was lost.
                     Ok(found) => {
-                        restore_stats(job, (&engine.hash, engine.precision), &output).await?;
+                        restore_stats(job, (&engine.hash, engine.precision), &fingerprint, &output).await?;
                         Ok(found)
                     }
                     Err(error) => Err(error),
@@ -275,7 +277,7 @@ impl OpenShard {
             Err(error) => return Err(error),
         };
         assert_eq!(totals.written.rows, rows, "every row that was read was written");
-        let stats = stats(job, engine, totals, start.elapsed().as_secs_f64());
+        let stats = stats(job, engine, fingerprint, totals, start.elapsed().as_secs_f64());
         capsieve_store::write_stats(&output, &stats).await?;
         Ok(Outcome::Done(Box::new(stats)))
     }
@@ -290,8 +292,17 @@ fn output_bytes(input: &ObjectInfo) -> usize {
 /// An output that is there: ours, or somebody else's?
 async fn complete(job: &ScoreJob, output: &Location, fingerprint: &str) -> Result<Outcome> {
     let foreign = || Error::Foreign { uri: output.to_string() };
-    // What cannot be read is no output of ours.
-    let footer = Footer::read(output).await.map_err(|_| foreign())?;
+    // What is no whole Parquet file is no output of ours; a store that does not answer says nothing about it.
+    let footer = Footer::read(output).await.map_err(|error| match error {
+        StoreError::NotParquet { .. }
+        | StoreError::Cut { .. }
+        | StoreError::Encrypted { .. }
+        | StoreError::Corrupt { .. }
+        | StoreError::LongFooter { .. }
+        | StoreError::Folder { .. }
+        | StoreError::Malformed { .. } => foreign(),
+        other => other.into(),
+    })?;
     match footer.schema().metadata().get(FINGERPRINT) {
         Some(found) if found == fingerprint => {
             let failed = footer.failed_rows().unwrap_or_default();
@@ -305,8 +316,13 @@ async fn complete(job: &ScoreJob, output: &Location, fingerprint: &str) -> Resul
 }
 
 /// The statistics of an output that has none, from what it says itself: how long it took is lost.
-async fn restore_stats(job: &ScoreJob, (hash, precision): (&str, Precision), output: &Location) -> Result<()> {
-    if capsieve_store::has_stats(output).await? {
+async fn restore_stats(
+    job: &ScoreJob,
+    (hash, precision): (&str, Precision),
+    fingerprint: &str,
+    output: &Location,
+) -> Result<()> {
+    if capsieve_store::has_stats(output, fingerprint).await? {
         return Ok(());
     }
     capsieve_store::remove_leftovers(output).await;
@@ -320,6 +336,7 @@ async fn restore_stats(job: &ScoreJob, (hash, precision): (&str, Precision), out
         input: job.input.clone(),
         output: job.output.clone(),
         model: hash.to_owned(),
+        fingerprint: fingerprint.to_owned(),
         device: String::new(),
         precision: precision.name(),
         rows,
@@ -382,7 +399,7 @@ fn output_options(
     }
 }
 
-fn stats(job: &ScoreJob, engine: &SharedEngine, totals: Totals, total: f64) -> Stats {
+fn stats(job: &ScoreJob, engine: &SharedEngine, fingerprint: String, totals: Totals, total: f64) -> Stats {
     let mut errors = totals.statuses;
     let scored = errors.remove("ok").unwrap_or(0);
     let thresholds = job.thresholds.min_itm.is_some() || job.thresholds.min_cosine.is_some();
@@ -398,6 +415,7 @@ fn stats(job: &ScoreJob, engine: &SharedEngine, totals: Totals, total: f64) -> S
         input: job.input.clone(),
         output: job.output.clone(),
         model: engine.hash.clone(),
+        fingerprint,
         device: engine.device.clone(),
         precision: engine.precision.name(),
         rows: totals.written.rows,
