@@ -45,5 +45,5 @@ pub use partial::remove_leftovers;
 pub use reader::{Batches, ShardReader, value_counts};
 pub use rows::{CaptionCell, ImageCell, InputRow, key_texts, row, rows};
 pub use stats::{check_stats, has_stats, stats_location, write_stats};
-pub use upload::uploads_settled;
+pub use upload::{check_writable, uploads_settled};
 pub use writer::{ShardWriter, Written};

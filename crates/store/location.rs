@@ -295,22 +295,6 @@ impl Location {
         put.map(drop).map_err(|source| Error::store(&self.uri, source))
     }
 
-    /// Sees whether this output could be written, where a store says so without writing anything.
-    ///
-    /// # Errors
-    /// When it could not be.
-    pub async fn check_writable(&self) -> Result<()> {
-        if self.is_web() {
-            return Err(Error::Uri { uri: self.uri.to_string(), reason: "a web server is read, not written to" });
-        }
-        if self.as_object().is_none() {
-            return Ok(());
-        }
-        let begun = self.store().put_multipart(&self.path()).await;
-        let mut upload = begun.map_err(|source| Error::store(&self.uri, source))?;
-        upload.abort().await.map_err(|source| Error::store(&self.uri, source))
-    }
-
     /// Makes the folders between a local output's prefix and itself; the prefix's own where that is the last one missing.
     ///
     /// # Errors

@@ -27,6 +27,21 @@ pub async fn uploads_settled() {
     drop(tokio::time::timeout(ABORT_TIMEOUT, futures::future::join_all(aborts)).await);
 }
 
+/// Sees whether an output could be written, where a store says so without writing anything.
+///
+/// # Errors
+/// When it could not be.
+pub async fn check_writable(output: &Location) -> crate::Result<()> {
+    if output.is_web() {
+        return Err(crate::Error::Uri { uri: output.to_string(), reason: "a web server is read, not written to" });
+    }
+    if output.as_file().is_some() {
+        return Ok(());
+    }
+    let probe = async { output.store().put_multipart(&output.path()).await?.abort().await };
+    probe.await.map_err(|source| crate::Error::store(output.uri(), source))
+}
+
 /// Dropped before [`Upload::finish`], nothing becomes visible.
 pub(crate) struct Upload {
     location: Location,
