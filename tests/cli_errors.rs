@@ -320,10 +320,12 @@ fn what_this_build_lacks_is_said() {
     let here = folder.0.path().display().to_string();
     assert_failed(&folder.score(MODEL, "in.parquet", &["--precision", "bf16"]), &["bf16", "f32"], "bf16");
     assert_failed(&folder.score(MODEL, "in.parquet", &["--input", &input]), &["name a prefix"], "two inputs");
-    for prefix in [here.clone(), format!("{here}/"), format!("{here}/*.parquet")] {
+    let (below, many) = ("out.parquet lies below the input prefix", "name a prefix");
+    let prefixes = [("", below), ("/", below), ("/**/*.parquet", below), ("/*.parquet", many)];
+    for (prefix, words) in prefixes.map(|(pattern, words)| (format!("{here}{pattern}"), words)) {
         let ran =
             capsieve(&["score", "--model", MODEL, "--input", &prefix, "--output", &format!("{here}/out.parquet")]);
-        assert_failed(&ran, &["out.parquet lies below the input prefix"], &prefix);
+        assert_failed(&ran, &[words], &prefix);
     }
     assert_eq!(names(folder.0.path()), ["in.parquet"]);
 }

@@ -181,6 +181,9 @@ fn what_cannot_be_a_dataset_is_one_line_and_no_output() {
     let dataset = Dataset::new(&[("a.parquet", 3), ("b/a.parquet", 3)]);
     std::fs::create_dir(dataset.path("empty")).unwrap();
     let path = |name: &str| dataset.text(name);
+    let (input, web) = (path("in"), "https://host/out/");
+    let ran = capsieve(&["score", "--model", "synthetic:tiny", "--input", &input, "--output", web]);
+    assert!(ran.code == Some(1) && ran.stderr.contains("a web server is read, not written to"), "{ran:?}");
     for (inputs, output, more, words) in [
         (vec!["in"], "in/out/", vec![], vec!["lies below the input prefix", "choose another place"]),
         (vec!["in/"], "in", vec![], vec!["lies below the input prefix"]),
@@ -196,7 +199,6 @@ fn what_cannot_be_a_dataset_is_one_line_and_no_output() {
             vec!["where another shard or its output is", "a.parquet"],
         ),
         (vec!["in"], "none/none/out/", vec![], vec!["none"]),
-        (vec!["in"], "https://host/out/", vec![], vec!["not written to"]),
         (vec!["in"], "out/", vec!["--partition", "3/3"], vec!["worker 3 of 3"]),
     ] {
         let ran = dataset.score(&inputs, output, &more);

@@ -258,7 +258,7 @@ async fn plan(job: &DatasetJob) -> Result<Plan> {
     let root = if job.output.ends_with('/') { job.output.clone() } else { format!("{}/", job.output) };
     if is_remote(&job.output) {
         let any = if below_prefix { below(&root, "shard.parquet") } else { job.output.clone() };
-        Location::parse(&any)?.check_writable().await?;
+        capsieve_store::check_writable(&Location::parse(&any)?).await?;
     }
     let (inputs, mut shards) = (listing.into_shards(), Vec::new());
     let (mut named, mut prefix) = (HashSet::new(), 0);
