@@ -62,7 +62,7 @@ impl Drop for Partial {
     }
 }
 
-/// Removes what killed runs left of an output, see [`Partial::remove_all`].
+/// Removes what killed runs left of a local output. Best effort: they are in nobody's way.
 pub async fn remove_leftovers(output: &Location) {
     let partial = Partial { target: output.clone(), hidden: None };
     blocking(move || partial.remove_all()).await;
