@@ -76,10 +76,5 @@ fn values_only<T: ByteViewType>(data: ArrayData) -> ArrayData {
     let array = make_array(data.clone());
     let array: &GenericByteViewArray<T> = array.as_byte_view();
     let blocks = array.data_buffers().iter().map(|block| block.len()).sum::<usize>();
-    // A short value lies in its view and needs no block.
-    let long = array.lengths().map(|length| length as usize).filter(|length| *length > INLINE_BYTES_MAX);
-    if blocks > BLOCKS_TO_VALUES * long.sum::<usize>() { array.gc().into_data() } else { data }
+    if blocks > BLOCKS_TO_VALUES * array.total_buffer_bytes_used() { array.gc().into_data() } else { data }
 }
-
-/// Bytes of a value that lies in its view.
-const INLINE_BYTES_MAX: usize = 12;
