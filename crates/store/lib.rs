@@ -32,7 +32,7 @@ mod upload;
 mod views;
 mod writer;
 
-pub use access::{Access, is_below};
+pub use access::{Access, blocking, is_below};
 pub use buckets::is_remote;
 pub use columns::{CaptionKind, ColumnOptions, Columns, ImageKind};
 pub use error::{Error, Result};

@@ -5,8 +5,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use arrow_array::cast::AsArray;
 use capsieve_engine::Heads;
-use capsieve_store::{ColumnOptions, Columns, Location, ObjectInfo, RowScore, ShardReader, below, key_texts};
+use capsieve_store::{ColumnOptions, Columns, Location, ObjectInfo, RowScore, ShardReader, below};
 use futures::stream;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::task::JoinHandle;
@@ -356,7 +357,9 @@ async fn forward(mut scored: Receiver<Scored>, shard: Shard, events: &Sender<Res
         if captions > 0 && first_caption >= captions {
             return Err(Error::Token { reason: "it points beyond the last caption of its row" });
         }
-        let keys = columns.key.map(|_| key_texts(batch.column(0)));
+        // Texts since the rows were prepared.
+        let text = |key: Option<&str>| key.unwrap_or_default().to_owned();
+        let keys = columns.key.map(|_| batch.column(0).as_string::<i32>().iter().map(text).collect());
         let count = rows.len() as u64;
         let position = position.clone();
         let rows = ScoredRows { shard: number, first_row, first_caption, keys, rows, position, ticket };

@@ -27,12 +27,12 @@ use crate::limits::{
     CAPTION_BYTES, CHUNKS_PREPARED, CHUNKS_READ, FETCHES, IMAGE_BYTES_MAX, READER_STALLS, TOKENS_MAX, chunks_max,
     chunks_open,
 };
-use crate::plan::blocking;
 use crate::prepare::{Fault, Preparer, ReadyRow, chain};
 use crate::queue::Share;
 use crate::rows::Rows;
 use crate::scores::Scores;
 use crate::{Error, Result};
+use capsieve_store::blocking;
 
 /// The right to have a chunk between reading and whoever takes its scores.
 #[derive(Debug)]

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
-use capsieve_store::{Access, ListLimits, Listing, Location, is_below, is_remote};
+use capsieve_store::{Access, ListLimits, Listing, Location, blocking, is_below, is_remote};
 use tokio::sync::Semaphore;
 
 use crate::budget::{Budget, Held};
@@ -77,11 +77,6 @@ impl Plan {
         // Names are resolved link by link, with calls of the system that block.
         blocking(move || check_outputs(&sink, prefixes, &plan.shards, &access).map(|()| plan)).await
     }
-}
-
-/// Runs what blocks on a thread for such work.
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
 }
 
 fn positions(tokens: &[Vec<u8>], shards: &[Location]) -> Result<HashMap<String, Position>> {

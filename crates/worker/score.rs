@@ -15,10 +15,10 @@ use sha2::{Digest, Sha256};
 use crate::limits::{OUTPUT_BYTES, OUTPUT_BYTES_MIN};
 use crate::model::hex;
 use crate::pipeline::{self, Images, Output, Stages, Totals};
-use crate::plan::blocking;
 use crate::rows::ShardRows;
 use crate::shared::{LazyEngine, SharedEngine};
 use crate::{CaptionPolicy, EngineChoice, Error, LoadedModel, Precision, Progress, Result, StoreError};
+use capsieve_store::blocking;
 
 /// Key of the output's metadata by which a rerun recognises its own work.
 const FINGERPRINT: &str = "capsieve.fingerprint";
