@@ -7,10 +7,10 @@
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use crate::Location;
 use crate::access::blocking;
+use crate::{Location, stats_location};
 
 const SUFFIX: &str = ".partial";
 const RANDOM_DIGITS: usize = 16;
@@ -38,14 +38,6 @@ impl Partial {
     pub(crate) fn to_rename(&self) -> Option<&Location> {
         self.hidden.as_ref()
     }
-
-    /// Removes every partial file of the target, those of killed runs too. Best effort: they are in nobody's way.
-    pub(crate) fn remove_all(&self) {
-        if let Some((folder, file)) = self.target.as_file().and_then(|file| file.parent().zip(file.file_name())) {
-            let prefix = format!(".{}.", file.to_string_lossy());
-            found(folder, &prefix, RANDOM_DIGITS).for_each(|path| drop(std::fs::remove_file(path)));
-        }
-    }
 }
 
 impl Drop for Partial {
@@ -62,22 +54,25 @@ impl Drop for Partial {
     }
 }
 
-/// Removes what killed runs left of a local output. Best effort: they are in nobody's way.
+/// Removes what killed runs left of a local output and of its statistics. Best effort: they are in nobody's way. The folder
+/// is looked at once, for it may hold many files.
 pub async fn remove_leftovers(output: &Location) {
-    let partial = Partial { target: output.clone(), hidden: None };
-    blocking(move || partial.remove_all()).await;
+    let prefixes = [output.clone(), stats_location(output)].map(|target| format!(".{}.", target.file_name()));
+    let Some(folder) = output.as_file().and_then(Path::parent).map(Path::to_owned) else { return };
+    blocking(move || {
+        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            if prefixes.iter().any(|prefix| is_partial(&name.to_string_lossy(), prefix)) {
+                drop(std::fs::remove_file(entry.path()));
+            }
+        }
+    })
+    .await;
 }
 
-/// Files of `folder` called `prefix`, some hexadecimal digits, and the suffix.
-fn found(folder: &Path, prefix: &str, digits: usize) -> impl Iterator<Item = PathBuf> {
-    let names = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    names
-        .filter(move |entry| is_partial(&entry.file_name().to_string_lossy(), prefix, digits))
-        .map(|entry| entry.path())
-}
-
-fn is_partial(name: &str, prefix: &str, digits: usize) -> bool {
-    let Some((random, suffix)) = name.strip_prefix(prefix).and_then(|rest| rest.split_at_checked(digits)) else {
+/// Whether a file is called `prefix`, as many hexadecimal digits as ours have, and the suffix.
+fn is_partial(name: &str, prefix: &str) -> bool {
+    let Some((random, suffix)) = name.strip_prefix(prefix).and_then(|rest| rest.split_at_checked(RANDOM_DIGITS)) else {
         return false;
     };
     let staged = suffix.strip_prefix(SUFFIX).map(|rest| rest.strip_prefix('#').unwrap_or(rest));
@@ -91,7 +86,7 @@ mod tests {
 
     #[test]
     fn only_our_own_leftovers_match() {
-        let ours = |name| is_partial(name, ".a.parquet.", 16);
+        let ours = |name| is_partial(name, ".a.parquet.");
         assert!(ours(".a.parquet.0123456789abcdef.partial"));
         assert!(ours(".a.parquet.0123456789abcdef.partial#12"));
         for other in [

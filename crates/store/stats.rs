@@ -4,7 +4,7 @@ use bytes::Bytes;
 use object_store::ObjectStoreExt;
 use serde::{Deserialize, Serialize};
 
-use crate::partial::{Partial, remove_leftovers};
+use crate::partial::Partial;
 use crate::{Error, Location, Result};
 
 /// Bytes of statistics at most, which are a few hundred.
@@ -91,7 +91,6 @@ pub async fn write_stats(shard: &Location, stats: &impl Serialize) -> Result<Loc
         return Ok(location);
     };
     // A file is written under a name that is known for a killed run's, and gets its own by a rename.
-    remove_leftovers(&location).await;
     hidden.put(json.clone()).await?;
     match location.store().rename(&hidden.path(), &location.path()).await {
         Ok(()) => {}

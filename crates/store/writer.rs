@@ -20,7 +20,7 @@ use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::schema::types::ColumnPath;
 
 use crate::output::Layout;
-use crate::partial::Partial;
+use crate::partial::{Partial, remove_leftovers};
 use crate::upload::Upload;
 use crate::{Columns, Error, ImageKind, Location, OutputOptions, Result, RowScore};
 
@@ -118,9 +118,8 @@ impl ShardWriter {
         let Self { location, upload, partial, overwrite, written, .. } = self;
         upload.finish().await.map_err(|source| commit_error(&location, &partial, source))?;
         publish(&location, &partial, overwrite).await?;
-        // Best effort, and off the runtime's threads: the folder may hold many files.
-        let cleaned = tokio::task::spawn_blocking(move || partial.remove_all());
-        drop(cleaned.await);
+        drop(partial);
+        remove_leftovers(&location).await;
         Ok(written)
     }
 
