@@ -50,14 +50,6 @@ fn bar() -> ProgressBar {
     ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr()).with_style(style)
 }
 
-/// Rows of all shards, of which only some were opened: the others are taken to be like them.
-fn rows_of_all(progress: &Progress) -> u64 {
-    let ((_, total), opened) = (progress.shards(), progress.opened());
-    let total = total.saturating_sub(progress.skipped());
-    let rows = progress.rows_total();
-    if opened == 0 || total == 0 { rows } else { rows.max(rows.saturating_mul(u64::from(total)) / u64::from(opened)) }
-}
-
 struct State {
     rows: u64,
     total: u64,
@@ -71,7 +63,7 @@ struct State {
 impl State {
     fn now(progress: &Progress, start: Instant) -> Self {
         let (rows, seconds) = (progress.rows(), start.elapsed().as_secs_f64().max(1e-9));
-        let total = rows_of_all(progress);
+        let total = progress.rows_expected();
         let left = seconds / rows.max(1) as f64 * total.saturating_sub(rows) as f64;
         // A clock of whole seconds; a shard does not take longer than its cap.
         let left = (rows > 0).then(|| Duration::from_secs(left.min(1e9) as u64));
@@ -107,10 +99,8 @@ mod tests {
     fn shards_show_where_there_are_any() {
         let progress = Progress::default();
         progress.show(100, 0, 400, 100);
-        assert_eq!((shards(&progress).as_str(), rows_of_all(&progress)), ("", 400));
+        assert_eq!(shards(&progress), "");
         progress.show_shards(3, 10);
         assert_eq!(shards(&progress), ", 3 of 10 shards");
-        progress.show_opened(4);
-        assert_eq!(rows_of_all(&progress), 1000, "as many rows in each as in those that were opened");
     }
 }

@@ -53,21 +53,18 @@ impl Progress {
         (self.0.shards.load(Ordering::Relaxed), self.0.shards_total.load(Ordering::Relaxed))
     }
 
-    /// Shards whose rows are in [`Self::rows_total`]; 0 where nobody says.
-    pub fn opened(&self) -> u32 {
-        self.0.shards_opened.load(Ordering::Relaxed)
+    /// Rows of all shards that are scored, of which only some were opened: the others are taken to be like them.
+    pub fn rows_expected(&self) -> u64 {
+        let (rows, (_, total)) = (self.rows_total(), self.shards());
+        let opened = self.0.shards_opened.load(Ordering::Relaxed);
+        let scored = total.saturating_sub(self.0.shards_skipped.load(Ordering::Relaxed));
+        match opened {
+            0 => rows,
+            opened => rows.max(rows.saturating_mul(u64::from(scored)) / u64::from(opened)),
+        }
     }
 
-    /// So many shards were opened.
-    pub fn show_opened(&self, shards: u32) {
-        self.0.shards_opened.store(shards, Ordering::Relaxed);
-    }
-
-    /// Shards that were complete already.
-    pub fn skipped(&self) -> u32 {
-        self.0.shards_skipped.load(Ordering::Relaxed)
-    }
-
+    /// A shard was complete already.
     pub(crate) fn skip_shard(&self) {
         self.0.shards_skipped.fetch_add(1, Ordering::Relaxed);
     }
@@ -90,5 +87,25 @@ impl Progress {
     pub(crate) fn add_row(&self, scored: bool) {
         self.0.rows.fetch_add(1, Ordering::Relaxed);
         self.0.failed.fetch_add(u64::from(!scored), Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_that_were_not_opened_are_taken_to_be_like_the_others() {
+        let progress = Progress::default();
+        assert_eq!(progress.rows_expected(), 0);
+        progress.start(400);
+        assert_eq!(progress.rows_expected(), 400, "there is one");
+        progress.show_shards(0, 10);
+        progress.start(200);
+        assert_eq!(progress.rows_expected(), 3000);
+        (0..4).for_each(|_| progress.skip_shard());
+        assert_eq!(progress.rows_expected(), 1800, "four of the ten have their scores already");
+        (0..6).for_each(|_| progress.skip_shard());
+        assert_eq!(progress.rows_expected(), 600, "never fewer than were seen");
     }
 }
