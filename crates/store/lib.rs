@@ -38,7 +38,7 @@ pub use columns::{CaptionKind, ColumnOptions, Columns, ImageKind};
 pub use error::{Error, Result};
 pub use footer::Footer;
 pub use hub::{FileProgress, HubConfig, fetch_model, fetch_model_with};
-pub use listing::{ListLimits, Listing, URI_BYTES_MAX, is_pattern, pattern_prefix};
+pub use listing::{ListLimits, Listing, URI_BYTES_MAX, is_flat, is_pattern, pattern_prefix};
 pub use location::{Location, ObjectInfo, below, parts_below};
 pub use output::{CaptionScore, KEEP, OutputHeads, OutputOptions, RowScore, SCORE_STATUS};
 pub use partial::remove_leftovers;

@@ -72,8 +72,22 @@ pub fn is_pattern(uri: &str) -> bool {
 
 /// The prefix that all matches of a pattern lie below.
 pub fn pattern_prefix(pattern: &str) -> &str {
-    let fixed = pattern.find(PATTERN_LETTERS).map_or(pattern, |first| &pattern[..first]);
-    &fixed[..fixed.rfind('/').map_or(0, |slash| slash + 1)]
+    match &pattern[..fixed(pattern)] {
+        "" => "./",
+        prefix => prefix,
+    }
+}
+
+/// Whether a pattern names files in the folder of its prefix only, and none below.
+pub fn is_flat(pattern: &str) -> bool {
+    let names = &pattern[fixed(pattern)..];
+    !names.contains('/') && !names.contains("**")
+}
+
+/// Where the part of a pattern ends that is no pattern.
+fn fixed(pattern: &str) -> usize {
+    let letters = pattern.find(PATTERN_LETTERS).unwrap_or(pattern.len());
+    pattern[..letters].rfind('/').map_or(0, |slash| slash + 1)
 }
 
 const PATTERN_LETTERS: [char; 4] = ['*', '?', '[', '{'];
@@ -81,7 +95,7 @@ const PATTERN_LETTERS: [char; 4] = ['*', '?', '[', '{'];
 impl Pattern {
     fn new(uri: &str) -> Result<Self> {
         let bad = |source| Error::Pattern { uri: uri.to_owned(), source };
-        let below = &uri[pattern_prefix(uri).len()..];
+        let below = &uri[fixed(uri)..];
         let glob = GlobBuilder::new(below).literal_separator(true).build().map_err(bad)?;
         let depth = (!below.contains("**")).then(|| below.matches('/').count());
         Ok(Self { names: glob.compile_matcher(), depth })
@@ -121,21 +135,24 @@ impl Listing {
     ///
     /// # Errors
     /// As [`Access::open`]; a prefix without a shard or with one that cannot be used; more than the limits.
-    pub async fn add(mut self, uri: &str) -> Result<Self> {
+    pub async fn add(self, uri: &str) -> Result<Self> {
         if is_remote(uri) && uri.ends_with('/') {
             return self.add_remote(uri, None, uri).await;
         }
-        let (uri, waiting) = (uri.to_owned(), Arc::new(()));
+        let uri = uri.to_owned();
+        let add = move |listing: &mut Self| match uri.ends_with('/') {
+            true => listing.add_prefix(&uri),
+            false => listing.keep(listing.access.open(&uri)?),
+        };
+        self.while_wanted(add).await
+    }
+
+    /// Adds files on a thread for such work, for names are resolved link by link, with calls of the system that block; ends
+    /// early when nobody waits any more.
+    async fn while_wanted(mut self, add: impl FnOnce(&mut Self) -> Result<()> + Send + 'static) -> Result<Self> {
+        let waiting = Arc::new(());
         self.wanted = Arc::downgrade(&waiting);
-        // Names are resolved link by link, with calls of the system that block.
-        let listed = blocking(move || {
-            match uri.ends_with('/') {
-                true => self.add_prefix(&uri)?,
-                false => self.keep(self.access.open(&uri)?)?,
-            }
-            Ok(self)
-        });
-        let listed = listed.await;
+        let listed = blocking(move || add(&mut self).map(|()| self)).await;
         drop(waiting);
         listed
     }
@@ -144,25 +161,21 @@ impl Listing {
     ///
     /// # Errors
     /// As [`Self::add`]; what is no pattern.
-    pub async fn add_matching(mut self, pattern: &str) -> Result<Self> {
+    pub async fn add_matching(self, pattern: &str) -> Result<Self> {
         if is_remote(pattern) {
             return self.add_remote(pattern_prefix(pattern), Some(Pattern::new(pattern)?), pattern).await;
         }
-        let (uri, waiting) = (pattern.to_owned(), Arc::new(()));
-        self.wanted = Arc::downgrade(&waiting);
-        let listed = blocking(move || {
+        let uri = pattern.to_owned();
+        let add = move |listing: &mut Self| {
             let within = pattern_prefix(&uri);
-            let within = if within.is_empty() { "./" } else { within };
-            let folder = self.access.folder(within)?;
+            let folder = listing.access.folder(within)?;
             let prefix = Prefix { uri: within, folder: &folder, pattern: Some(Pattern::new(&uri)?) };
-            match self.walk(&prefix, &folder, within, 0)? {
+            match listing.walk(&prefix, &folder, within, 0)? {
                 0 => Err(Error::NoMatch { uri }),
-                _ => Ok(self),
+                _ => Ok(()),
             }
-        });
-        let listed = listed.await;
-        drop(waiting);
-        listed
+        };
+        self.while_wanted(add).await
     }
 
     /// Adds the objects below a prefix; errors are about `asked`.

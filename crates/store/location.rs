@@ -190,10 +190,15 @@ impl Location {
         }
     }
 
-    /// Whether it is on a web server, not in a bucket.
-    pub(crate) fn is_web(&self) -> bool {
-        self.as_object()
-            .is_some_and(|object| object.root.starts_with("http") && object.store.to_string().starts_with("HttpStore"))
+    /// Sees whether its store is one that is written to, without asking it.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn check_store(&self) -> Result<()> {
+        match self.as_object().is_some_and(|object| object.root.starts_with("http")) {
+            true => Err(Error::Uri { uri: self.to_string(), reason: "a web server is read, not written to" }),
+            false => Ok(()),
+        }
     }
 
     /// The object behind it, where it is no file.

@@ -32,9 +32,6 @@ pub async fn uploads_settled() {
 /// # Errors
 /// When it could not be.
 pub async fn check_writable(output: &Location) -> crate::Result<()> {
-    if output.is_web() {
-        return Err(crate::Error::Uri { uri: output.to_string(), reason: "a web server is read, not written to" });
-    }
     if output.as_file().is_some() {
         return Ok(());
     }

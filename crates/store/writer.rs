@@ -64,6 +64,7 @@ impl ShardWriter {
         options: &OutputOptions,
     ) -> Result<Self> {
         let layout = Layout::new(input, columns, options)?;
+        location.check_store()?;
         location.check_folder()?;
         if location.exists().await? && !options.overwrite {
             return Err(Error::Exists { uri: location.uri().to_owned() });

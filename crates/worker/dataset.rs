@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use capsieve_store::{
-    Access, ListLimits, Listing, Location, below, is_below, is_pattern, is_remote, parts_below, pattern_prefix,
+    Access, ListLimits, Listing, Location, below, is_below, is_flat, is_pattern, is_remote, parts_below, pattern_prefix,
 };
 use futures::{StreamExt, stream};
 
@@ -102,6 +102,8 @@ struct Planned {
 /// What a run does, in order.
 struct Plan {
     shards: Vec<Planned>,
+    /// Where an output could be.
+    any: Location,
     /// The folder of the outputs, where they are files below a prefix.
     folder: Option<PathBuf>,
     /// The inputs name one shard, not a prefix that may hold one.
@@ -115,6 +117,7 @@ struct Plan {
 pub async fn score_dataset(model: &LoadedModel, job: &DatasetJob, progress: &Progress) -> Result<DatasetReport> {
     let start = Instant::now();
     let plan = plan(job).await?;
+    capsieve_store::check_writable(&plan.any).await?;
     let engine = LazyEngine::new(model, &job.shard, Some(job.memory_bytes))?;
     let mut report = DatasetReport { shards: plan.shards.len() as u64, ..DatasetReport::default() };
     let total = u32::try_from(report.shards).unwrap_or(u32::MAX);
@@ -228,10 +231,7 @@ async fn plan(job: &DatasetJob) -> Result<Plan> {
     for input in &job.inputs {
         let (pattern, folder) = (is_pattern(input), Path::new(input).is_dir());
         let prefix = match input {
-            pattern_input if pattern => match pattern_prefix(pattern_input) {
-                "" => "./".to_owned(),
-                prefix => prefix.to_owned(),
-            },
+            pattern_input if pattern => pattern_prefix(pattern_input).to_owned(),
             folder_input if folder && !folder_input.ends_with('/') => format!("{folder_input}/"),
             other if other.ends_with('/') => other.clone(),
             shard => shard[..shard.rfind('/').map_or(0, |slash| slash + 1)].to_owned(),
@@ -244,7 +244,7 @@ async fn plan(job: &DatasetJob) -> Result<Plan> {
             (false, false) => listing.add(input).await?,
         };
         // What a pattern names beside the outputs, it does not name below them.
-        let flat = pattern && !input[pattern_prefix(input).len()..].contains('/') && !input.contains("**");
+        let flat = pattern && is_flat(input);
         if many && is_below(&job.output, &prefix) && (!flat || is_below(&prefix, &job.output)) {
             // The next reader of the inputs would take the outputs for some of them.
             return Err(Error::SinkInside { sink: job.output.clone(), input: prefix });
@@ -256,10 +256,8 @@ async fn plan(job: &DatasetJob) -> Result<Plan> {
         return Err(Error::OutputPrefix { output: job.output.clone() });
     }
     let root = if job.output.ends_with('/') { job.output.clone() } else { format!("{}/", job.output) };
-    if is_remote(&job.output) {
-        let any = if below_prefix { below(&root, "shard.parquet") } else { job.output.clone() };
-        capsieve_store::check_writable(&Location::parse(&any)?).await?;
-    }
+    let any = Location::parse(&if below_prefix { below(&root, "shard.parquet") } else { job.output.clone() })?;
+    any.check_store()?;
     let (inputs, mut shards) = (listing.into_shards(), Vec::new());
     let (mut named, mut prefix) = (HashSet::new(), 0);
     let known: HashSet<String> = inputs.iter().map(Location::to_string).collect();
@@ -277,7 +275,7 @@ async fn plan(job: &DatasetJob) -> Result<Plan> {
         }
     }
     let folder = if below_prefix && !is_remote(&root) { Some(access.folder(&root)?) } else { None };
-    Ok(Plan { shards, folder, single })
+    Ok(Plan { shards, any, folder, single })
 }
 
 /// A shard keeps the folders that it has below its prefix.
