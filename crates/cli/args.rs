@@ -87,6 +87,26 @@ pub(crate) struct ColumnArgs {
     pub(crate) key_column: Option<String>,
 }
 
+/// What becomes of the rows, whoever scores them.
+#[derive(Debug, Group)]
+pub(crate) struct OutputArgs {
+    /// Least itm_score of a row to keep, 0 to 1; adds the column keep
+    #[arg(long, env = "CAPSIEVE_MIN_ITM", value_name = "X", value_parser = probability)]
+    pub(crate) min_itm: Option<f32>,
+    /// Least cosine_score of a row to keep, -1 to 1; adds the column keep
+    #[arg(long, env = "CAPSIEVE_MIN_COSINE", value_name = "X", value_parser = cosine, allow_negative_numbers = true)]
+    pub(crate) min_cosine: Option<f32>,
+    /// Leaves the image column out of the output
+    #[arg(long, env = "CAPSIEVE_DROP_IMAGES", value_parser = FalseyValueParser::new(), action = ArgAction::SetTrue)]
+    pub(crate) drop_images: bool,
+    /// What a row without a score does: its scores are null, or the job fails
+    #[arg(long, env = "CAPSIEVE_ON_ERROR", value_name = "ACTION", default_value = "null")]
+    pub(crate) on_error: OnError,
+    /// Replaces outputs that are there
+    #[arg(long, env = "CAPSIEVE_OVERWRITE", value_parser = FalseyValueParser::new(), action = ArgAction::SetTrue)]
+    pub(crate) overwrite: bool,
+}
+
 #[derive(Debug, Group)]
 pub(crate) struct DemoArgs {
     /// Folder for the scored shard, made if need be

@@ -5,7 +5,7 @@ use clap::builder::FalseyValueParser;
 use clap::{ArgAction, Args as Group, ValueEnum};
 
 use super::worker::memory;
-use super::{ColumnArgs, EngineArgs, Head, OnError, Token, caption_tokens, cosine, pixels, probability};
+use super::{ColumnArgs, EngineArgs, Head, OutputArgs, Token, caption_tokens, pixels};
 
 #[derive(Debug, Group)]
 pub(crate) struct ScoreArgs {
@@ -23,18 +23,8 @@ pub(crate) struct ScoreArgs {
     /// Scores to compute
     #[arg(long, env = "CAPSIEVE_HEADS", value_delimiter = ',', default_value = "itm,cosine")]
     pub(crate) heads: Vec<Head>,
-    /// Least itm_score of a row to keep, 0 to 1; adds the column keep
-    #[arg(long, env = "CAPSIEVE_MIN_ITM", value_name = "X", value_parser = probability)]
-    pub(crate) min_itm: Option<f32>,
-    /// Least cosine_score of a row to keep, -1 to 1; adds the column keep
-    #[arg(long, env = "CAPSIEVE_MIN_COSINE", value_name = "X", value_parser = cosine, allow_negative_numbers = true)]
-    pub(crate) min_cosine: Option<f32>,
-    /// Leaves the image column out of the output
-    #[arg(long, env = "CAPSIEVE_DROP_IMAGES", value_parser = FalseyValueParser::new(), action = ArgAction::SetTrue)]
-    pub(crate) drop_images: bool,
-    /// What a row without a score does: its scores are null, or the job fails
-    #[arg(long, env = "CAPSIEVE_ON_ERROR", value_name = "ACTION", default_value = "null")]
-    pub(crate) on_error: OnError,
+    #[command(flatten)]
+    pub(crate) output_rows: OutputArgs,
     /// First token of the matching head: cls as transformers, enc as the published weights were trained
     #[arg(long, env = "CAPSIEVE_ITM_TOKEN", value_name = "TOKEN", default_value = "cls")]
     pub(crate) itm_token: Token,
@@ -52,9 +42,6 @@ pub(crate) struct ScoreArgs {
     /// outputs
     #[arg(long, env = "CAPSIEVE_MEMORY_LIMIT", value_name = "BYTES", default_value_t = 4 << 30, value_parser = memory)]
     pub(crate) memory_limit: u64,
-    /// Replaces outputs that are there
-    #[arg(long, env = "CAPSIEVE_OVERWRITE", value_parser = FalseyValueParser::new(), action = ArgAction::SetTrue)]
-    pub(crate) overwrite: bool,
     /// Cuts longer captions to N tokens, the first and last marker included, instead of refusing them
     #[arg(long, env = "CAPSIEVE_MAX_CAPTION_TOKENS", value_name = "N", value_parser = caption_tokens)]
     pub(crate) max_caption_tokens: Option<usize>,

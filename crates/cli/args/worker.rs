@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::builder::FalseyValueParser;
 use clap::{ArgAction, Args as Group};
 
-use super::{ColumnArgs, EngineArgs, Head, OnError, Token, caption_tokens, cosine, number, pixels, probability};
+use super::{ColumnArgs, EngineArgs, Head, OutputArgs, Token, caption_tokens, number, pixels};
 
 #[derive(Debug, Group)]
 pub(crate) struct ServeArgs {
@@ -114,21 +114,8 @@ pub(crate) struct SubmitArgs {
     /// Scores to compute; without it all that the worker has
     #[arg(long, env = "CAPSIEVE_HEADS", value_delimiter = ',')]
     pub(crate) heads: Vec<Head>,
-    /// Least itm_score of a pair to keep, 0 to 1
-    #[arg(long, env = "CAPSIEVE_MIN_ITM", value_name = "X", value_parser = probability)]
-    pub(crate) min_itm: Option<f32>,
-    /// Least cosine_score of a pair to keep, -1 to 1
-    #[arg(long, env = "CAPSIEVE_MIN_COSINE", value_name = "X", value_parser = cosine, allow_negative_numbers = true)]
-    pub(crate) min_cosine: Option<f32>,
-    /// Leaves the image column out of the output
-    #[arg(long, env = "CAPSIEVE_DROP_IMAGES", value_parser = FalseyValueParser::new(), action = ArgAction::SetTrue)]
-    pub(crate) drop_images: bool,
-    /// Replaces outputs that are there
-    #[arg(long, env = "CAPSIEVE_OVERWRITE", value_parser = FalseyValueParser::new(), action = ArgAction::SetTrue)]
-    pub(crate) overwrite: bool,
-    /// What a row without a score does: its scores are null, or the job fails
-    #[arg(long, env = "CAPSIEVE_ON_ERROR", value_name = "ACTION", default_value = "null")]
-    pub(crate) on_error: OnError,
+    #[command(flatten)]
+    pub(crate) output_rows: OutputArgs,
     /// Name of the job in the worker's logs
     #[arg(long, env = "CAPSIEVE_REQUEST_ID", value_name = "NAME", default_value = "")]
     pub(crate) request_id: String,

@@ -53,7 +53,7 @@ fn interruption(command: &Command) -> &'static str {
         Command::Submit(args) if args.output.is_none() => {
             "interrupted: the lines that were printed stay, the same command scores and prints everything anew"
         }
-        Command::Submit(args) if args.overwrite => {
+        Command::Submit(args) if args.output_rows.overwrite => {
             "interrupted: the shards that the worker has finished stay, the same command without --overwrite goes on \
              with the others"
         }

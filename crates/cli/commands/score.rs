@@ -50,7 +50,7 @@ pub(super) async fn run(args: ScoreArgs) -> anyhow::Result<ExitCode> {
 fn check_usage(args: &ScoreArgs) {
     let heads = heads(&args.heads);
     for (threshold, head, on) in [("--min-itm", "itm", heads.itm), ("--min-cosine", "cosine", heads.cosine)] {
-        let set = if head == "itm" { args.min_itm } else { args.min_cosine };
+        let set = if head == "itm" { args.output_rows.min_itm } else { args.output_rows.min_cosine };
         if set.is_some() && !on {
             let message = format!("{threshold} needs the head {head}: add it to --heads");
             Args::command().error(ErrorKind::ArgumentConflict, message).exit();
@@ -65,11 +65,11 @@ fn job(args: ScoreArgs) -> DatasetJob {
         columns: columns(args.columns),
         heads: heads(&args.heads),
         itm_token: args.itm_token.into(),
-        thresholds: Thresholds { min_itm: args.min_itm, min_cosine: args.min_cosine },
+        thresholds: Thresholds { min_itm: args.output_rows.min_itm, min_cosine: args.output_rows.min_cosine },
         policy: CaptionPolicy { tokens_max: args.max_caption_tokens, image_pixels_max: args.max_image_pixels },
-        drop_images: args.drop_images,
-        fail_on_row: args.on_error == OnError::Fail,
-        overwrite: args.overwrite,
+        drop_images: args.output_rows.drop_images,
+        fail_on_row: args.output_rows.on_error == OnError::Fail,
+        overwrite: args.output_rows.overwrite,
         engine: args.engine.into(),
     };
     DatasetJob {

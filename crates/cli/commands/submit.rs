@@ -93,18 +93,18 @@ fn request(args: &SubmitArgs) -> v1::ScoreBatchRequest {
         Head::Itm => v1::Head::Itm.into(),
         Head::Cosine => v1::Head::Cosine.into(),
     };
-    let policy = match args.on_error {
+    let policy = match args.output_rows.on_error {
         OnError::Null => v1::ErrorPolicy::Null,
         OnError::Fail => v1::ErrorPolicy::Fail,
     };
     v1::ScoreBatchRequest {
         source: Some(v1::score_batch_request::Source::Shards(shards)),
         heads: args.heads.iter().map(head).collect(),
-        thresholds: Some(v1::Thresholds { min_itm: args.min_itm, min_cosine: args.min_cosine }),
+        thresholds: Some(v1::Thresholds { min_itm: args.output_rows.min_itm, min_cosine: args.output_rows.min_cosine }),
         sink: args.output.clone().map(|uri| v1::ParquetSink {
             uri,
-            drop_images: args.drop_images,
-            overwrite: args.overwrite,
+            drop_images: args.output_rows.drop_images,
+            overwrite: args.output_rows.overwrite,
         }),
         request_id: args.request_id.clone(),
         on_error: policy.into(),
