@@ -155,6 +155,83 @@ fn patterns_and_shares_take_every_shard_once() {
 }
 
 #[test]
+fn a_pattern_names_what_it_says_and_no_more() {
+    let dataset = Dataset::new(&[("a.parquet", 2), ("b.parquet", 2), ("c/a.parquet", 2), ("c/d/a.parquet", 2)]);
+    let outputs = |output: &str| -> Vec<String> {
+        let found = files(&dataset.path(output)).into_keys().filter(|path| path.extension().unwrap() == "parquet");
+        found.map(|path| path.strip_prefix(dataset.path(output)).unwrap().display().to_string()).collect()
+    };
+    for (pattern, expected) in [
+        ("in/*.parquet", vec!["a.parquet", "b.parquet"]),
+        ("in/*/a.parquet", vec!["c/a.parquet"]),
+        ("in/**/a.parquet", vec!["a.parquet", "c/a.parquet", "c/d/a.parquet"]),
+        ("in/[!a].parquet", vec!["b.parquet"]),
+    ] {
+        assert_eq!(dataset.score(&[pattern], "out/", &[]).code, Some(0), "{pattern}");
+        assert_eq!(outputs("out"), expected, "{pattern}");
+        std::fs::remove_dir_all(dataset.path("out")).unwrap();
+    }
+    // What lies below the folder of a flat pattern is not named by it; nor does a bare one begin with a dot.
+    let here = |arguments: &[&str]| {
+        let arguments = [&["score", "--model", "synthetic:tiny"], arguments].concat();
+        run(program().current_dir(dataset.path("in")).args(arguments))
+    };
+    for output in ["scored/", "../out/"] {
+        let ran = here(&["--input", "*.parquet", "--output", output]);
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+        assert_eq!(outputs(&format!("in/{output}")), ["a.parquet", "b.parquet"], "{output}");
+    }
+    let both = here(&["--input", "c/*.parquet", "*.parquet", "--output", "../both/"]);
+    assert!(both.code == Some(1) && both.stderr.contains("where another shard or its output is"), "{both:?}");
+}
+
+#[test]
+fn an_output_replaces_no_shard() {
+    let dataset = Dataset::new(&[("a.parquet", 2), ("in/a.parquet", 3)]);
+    let before = files(dataset.folder.path());
+    let output = format!("{}/", dataset.folder.path().display());
+    let input = dataset.text("in/");
+    let ran = capsieve(&["score", "--model", "synthetic:tiny", "--input", &input, "--output", &output, "--overwrite"]);
+    assert!(ran.code == Some(1) && ran.stderr.contains("where another shard or its output is"), "{ran:?}");
+    assert_eq!(files(dataset.folder.path()), before);
+}
+
+#[test]
+fn statistics_come_back_and_what_killed_runs_left_goes() {
+    let dataset = Dataset::new(&[("a.parquet", 7)]);
+    std::fs::write(dataset.path("in/b.parquet"), std::fs::read(dataset.path("in/a.parquet")).unwrap()).unwrap();
+    assert_eq!(dataset.score(&["in"], "out/", &["--min-itm", "0"]).code, Some(0));
+    let read = |name: &str| -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(dataset.path("out").join(name)).unwrap()).unwrap()
+    };
+    let (before, other) = (read("a.stats.json"), read("b.stats.json"));
+    std::fs::remove_file(dataset.path("out/a.stats.json")).unwrap();
+    // Of an earlier job, that wrote another output here.
+    let stale = other.to_string().replace(other["fingerprint"].as_str().unwrap(), &"0".repeat(64));
+    std::fs::write(dataset.path("out/b.stats.json"), stale.replace("\"rows\":7", "\"rows\":8")).unwrap();
+    for left in [".a.parquet.0123456789abcdef.partial#1", ".a.stats.json.0123456789abcdef.partial", ".a.parquet.mine"] {
+        std::fs::write(dataset.path("out").join(left), "left").unwrap();
+    }
+    let ran = dataset.score(&["in"], "out/", &["--min-itm", "0"]);
+    assert!(ran.code == Some(0) && ran.stdout.contains("0 scored, 2 complete already"), "{ran:?}");
+    for (name, before) in [("a.stats.json", before), ("b.stats.json", other)] {
+        let after = read(name);
+        for field in
+            ["version", "input", "output", "model", "fingerprint", "precision", "rows", "scored", "failed", "errors"]
+        {
+            assert_eq!(after[field], before[field], "{field} of {name}");
+        }
+        assert_eq!(
+            (&after["pairs"], &after["kept"], &after["bytes"]),
+            (&before["pairs"], &before["kept"], &before["bytes"])
+        );
+        assert!(after.get("pairs_per_second").is_none() && after["seconds"] == serde_json::json!({}), "{after}");
+    }
+    let expected = [".a.parquet.mine", "a.parquet", "a.stats.json", "b.parquet", "b.stats.json"];
+    assert_eq!(names(&dataset.path("out")), expected);
+}
+
+#[test]
 fn a_bad_shard_costs_its_own_output_only() {
     let dataset = Dataset::twenty();
     let bad = dataset.path("in/00007.parquet");

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use capsieve_store::{Error, Location, check_stats, stats_location, write_stats};
+use capsieve_store::{Access, Error, Location, check_stats, stats_location, write_stats};
 use object_store::memory::InMemory;
 use object_store::path::Path;
 
@@ -91,6 +91,45 @@ fn what_cannot_be_a_shard_is_refused() {
     // A file where a folder should be is an absence too, not a crash.
     std::fs::write(folder.path().join("file"), b"").unwrap();
     assert!(wait(at(folder.path(), "file/a.parquet").head()).is_err());
+}
+
+#[test]
+fn errors_tell_no_secrets() {
+    for uri in ["https://me:s3cret@host/a.parquet", "https://s3cret@host/a.parquet", "https://host/a.jpg?sig=s3cret"] {
+        let error = Location::parse(uri).unwrap_err().to_string();
+        assert!(error.contains("host/a.") && !error.contains("s3cret"), "{error}");
+    }
+}
+
+#[test]
+fn a_bucket_is_open_below_its_prefix_only() {
+    let access = Access::only(&["s3://data/in/".to_owned()]).unwrap();
+    assert!(!access.is_nothing());
+    for uri in ["s3://data/in/a.parquet", "s3://data/in/b/c%20d.parquet"] {
+        assert_eq!(access.open(uri).unwrap_or_else(|error| panic!("{error}")).to_string(), uri);
+    }
+    for uri in [
+        "s3://data/a.parquet",
+        "s3://data/inner/a.parquet",
+        "s3://data/in%2Fa/../../b.parquet",
+        "s3://data/in/%2e%2e/a.parquet",
+        "s3://data-x/in/a.parquet",
+        "s3://other/in/a.parquet",
+        "s3a://data/in/a.parquet",
+        "gs://data/in/a.parquet",
+        "az://box@other/a.parquet",
+        "http://data/in/a.parquet",
+        "/data/in/a.parquet",
+    ] {
+        let error = access.open(uri).unwrap_err();
+        assert!(matches!(error, Error::NotAllowed { .. } | Error::Uri { .. }), "{uri}: {error}");
+    }
+    let inside = access.open("s3://data/in/a.parquet").unwrap();
+    assert_eq!(access.resolve(Some(&inside), "images/1.jpg").unwrap().to_string(), "images/1.jpg");
+    assert!(access.resolve(Some(&inside), "https://host/1.jpg").is_err(), "no web server is open");
+    for prefix in ["http://host/", "https://host/data/", "s3://"] {
+        assert!(Access::only(&[prefix.to_owned()]).is_err(), "{prefix}");
+    }
 }
 
 #[test]
