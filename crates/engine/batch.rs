@@ -1,6 +1,5 @@
 //! A batch: images and, for each, its captions.
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::{Error, Info};
@@ -84,20 +83,12 @@ impl Batch {
     }
 
     pub(crate) fn caption(&self, caption: usize) -> &[u32] {
-        &self.tokens[self.tokens_range(caption..caption + 1)]
+        let start = caption.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.tokens[start..self.ends[caption]]
     }
 
     pub(crate) fn image_of(&self, caption: usize) -> usize {
         self.images[caption]
-    }
-
-    pub(crate) fn tokens_of(&self, captions: Range<usize>) -> usize {
-        self.tokens_range(captions).len()
-    }
-
-    fn tokens_range(&self, captions: Range<usize>) -> Range<usize> {
-        let start = |caption: usize| caption.checked_sub(1).map_or(0, |before| self.ends[before]);
-        start(captions.start)..start(captions.end)
     }
 
     /// Checks the batch against what the scorer was loaded for.

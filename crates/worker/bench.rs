@@ -7,7 +7,9 @@ use arrow_array::builder::{ListBuilder, StringBuilder};
 use arrow_array::cast::AsArray;
 use arrow_array::{Array, ArrayRef, BinaryArray, RecordBatch, StringArray};
 use capsieve_engine::{Batch, Config, Heads, ItmToken, Options, Scorer, Stage};
-use capsieve_store::{Access, ColumnOptions, Columns, Location, OutputHeads, OutputOptions, ShardReader, ShardWriter};
+use capsieve_store::{
+    Access, ColumnOptions, Columns, Location, OutputHeads, OutputOptions, OutputRows, Select, ShardReader, ShardWriter,
+};
 use futures::{StreamExt, pin_mut, stream};
 use serde::Serialize;
 
@@ -159,12 +161,13 @@ impl Rows {
         Ok(Self { images: images.iter().map(|image| Some(image.as_slice())).collect(), captions: captions.into() })
     }
 
-    fn image(&self, i: usize) -> &[u8] {
-        self.images.value(i % self.images.len())
+    /// No two are equal, for what is equal is scored once: decoders do not mind what stands behind an image.
+    fn image(&self, i: usize) -> Vec<u8> {
+        [self.images.value(i % self.images.len()), &i.to_le_bytes()].concat()
     }
 
-    fn caption(&self, i: usize) -> &str {
-        self.captions.value(i % self.captions.len())
+    fn caption(&self, i: usize) -> String {
+        format!("{} {i}", self.captions.value(i % self.captions.len()))
     }
 
     /// `count` rows from row `first` on, each with `captions` captions, cycling through the bundled ones.
@@ -175,7 +178,7 @@ impl Rows {
         } else {
             let mut lists = ListBuilder::new(StringBuilder::new());
             for i in first..first + count {
-                (0..captions).for_each(|c| lists.values().append_value(self.caption(i + c)));
+                (0..captions).for_each(|c| lists.values().append_value(self.caption(i * captions + c)));
                 lists.append(true);
             }
             Arc::new(lists.finish())
@@ -195,10 +198,10 @@ fn engine_batch(model: &LoadedModel, bench: &BenchOptions, options: &Options, ro
     let bad = |source| Error::Preprocessing { model: model.name.clone(), source };
     let limits = capsieve_prep::DecodeLimits::default();
     for i in 0..options.images_max {
-        let pixels = capsieve_prep::prepare_image(rows.image(i), &model.image, &limits);
+        let pixels = capsieve_prep::prepare_image(&rows.image(i), &model.image, &limits);
         batch.push_image(&pixels.expect("a bundled image"));
         for c in 0..bench.captions {
-            batch.push_caption(&model.tokenizer.encode(rows.caption(i + c)).map_err(bad)?);
+            batch.push_caption(&model.tokenizer.encode(&rows.caption(i * bench.captions + c)).map_err(bad)?);
         }
     }
     Ok(batch)
@@ -236,6 +239,8 @@ async fn pipeline(
     let options = OutputOptions {
         heads,
         drop_images: false,
+        select: Select::All,
+        rows: OutputRows::All,
         min_itm: None,
         min_cosine: None,
         metadata: Vec::new(),

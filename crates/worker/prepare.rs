@@ -1,14 +1,16 @@
 //! Rows to model input: decode and resize the image, tokenise the captions. A row that cannot be prepared gets a status
 //! and a reason instead; nothing here ends a job.
 
+use std::collections::HashMap;
 use std::panic::catch_unwind;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use capsieve_engine::{Heads, PairScore};
 use capsieve_prep::{DecodeLimits, ImageSpec, Tokenizer};
 use capsieve_store::{CaptionCell, CaptionScore, Columns, ImageCell, InputRow, RowScore};
+use sha2::{Digest, Sha256};
 
 use crate::limits::{BATCH_TOKENS, CAPTION_BYTES_MAX, CAPTIONS_MAX, IMAGE_PIXELS_MAX, PART_PAIRS, REASON_BYTES_MAX};
 use crate::pipeline::{Chunk, Prepared};
@@ -49,9 +51,14 @@ impl Fault {
     }
 }
 
+/// SHA-256 of an encoded image: what is equal is decoded and encoded once. No weaker hash will do, for strangers make images.
+pub(crate) type Content = [u8; 32];
+
 /// A row ready for the engine: at least one of its captions can be scored.
 #[derive(Debug)]
 pub(crate) struct ReadyRow {
+    /// Of the image.
+    pub(crate) content: Content,
     /// `[S, S, 3]` u8.
     pub(crate) pixels: Bytes,
     /// Token ids of each caption of the row, or why it has no score.
@@ -72,8 +79,8 @@ impl ReadyRow {
     /// The same captions in parts that fit a batch, each with the image and at least one that can be scored. Nearly always
     /// one part: another one costs another pass of the image.
     pub(crate) fn parts(self) -> Vec<Self> {
-        let Self { pixels, captions } = self;
-        let part = || Self { pixels: pixels.clone(), captions: Vec::new() };
+        let Self { content, pixels, captions } = self;
+        let part = || Self { content, pixels: pixels.clone(), captions: Vec::new() };
         let mut parts = vec![part()];
         let (mut pairs, mut tokens) = (0, 0);
         for caption in captions {
@@ -130,13 +137,13 @@ impl Preparer {
     /// taken alone.
     pub(crate) async fn chunk(&self, turn: &Turn, chunk: Chunk, columns: &Columns) -> Result<(Prepared, f64)> {
         let Chunk { batch, fetched, held, ticket, _fetching } = chunk;
-        let input = Arc::new((batch, fetched, columns.clone()));
+        let input = Arc::new((batch, fetched, columns.clone(), Decoded::default()));
         let task = |index: usize| {
             let (recipe, input) = (Arc::clone(&self.recipe), Arc::clone(&input));
             move || {
-                let (batch, fetched, columns) = &*input;
+                let (batch, fetched, columns, decoded) = &*input;
                 let row = capsieve_store::row(batch, columns, index)?;
-                Ok::<_, Error>(recipe.row(&row, fetched[index].as_ref()))
+                Ok::<_, Error>(recipe.row(&row, fetched[index].as_ref(), decoded))
             }
         };
         let (mut rows, mut seconds) = (Vec::with_capacity(input.0.num_rows()), 0.0);
@@ -153,8 +160,26 @@ impl Preparer {
     }
 }
 
+/// The images of a chunk, each decoded by the first row that has it while others with the same one wait.
+#[derive(Default)]
+struct Decoded(Mutex<HashMap<Content, Arc<OnceLock<Result<Bytes, Fault>>>>>);
+
+impl Decoded {
+    fn get(&self, content: Content, decode: impl FnOnce() -> Result<Bytes, Fault>) -> Result<Bytes, Fault> {
+        let mut images = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let image = Arc::clone(images.entry(content).or_default());
+        drop(images);
+        image.get_or_init(decode).clone()
+    }
+}
+
 impl Recipe {
-    fn row(&self, row: &InputRow<'_>, fetched: Option<&Result<Bytes, Fault>>) -> Result<ReadyRow, Fault> {
+    fn row(
+        &self,
+        row: &InputRow<'_>,
+        fetched: Option<&Result<Bytes, Fault>>,
+        decoded: &Decoded,
+    ) -> Result<ReadyRow, Fault> {
         let bytes = match (&row.image, fetched) {
             (_, Some(fetched)) => fetched.as_ref().map_err(Fault::clone)?,
             (ImageCell::Bytes(bytes), None) => *bytes,
@@ -162,13 +187,17 @@ impl Recipe {
         };
         // Captions first: they cost nothing beside an image that would be decoded in vain.
         let captions = self.captions(&row.captions)?;
+        let content = Sha256::digest(bytes).into();
+        let pixels = decoded.get(content, || self.image(bytes))?;
+        Ok(ReadyRow { content, pixels, captions })
+    }
+
+    fn image(&self, bytes: &[u8]) -> Result<Bytes, Fault> {
         let limits = DecodeLimits { pixels_max: self.policy.image_pixels_max };
         // The decoders are other people's code on anybody's bytes: what breaks them is a bad row, not the end of the job.
-        let spec = &self.image;
-        let pixels = catch_unwind(|| capsieve_prep::prepare_image(bytes, spec, &limits));
+        let pixels = catch_unwind(|| capsieve_prep::prepare_image(bytes, &self.image, &limits));
         let pixels = pixels.map_err(|_| Fault::new("decode_failed", "the decoder broke down on this image"))?;
-        let pixels = pixels.map_err(|error| Fault::new(error.status(), chain(&error)))?;
-        Ok(ReadyRow { pixels: pixels.into(), captions })
+        pixels.map(Bytes::from).map_err(|error| Fault::new(error.status(), chain(&error)))
     }
 
     /// The captions of a row. A list needs one caption that can be scored; its others are then without a score.

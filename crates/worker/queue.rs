@@ -9,7 +9,7 @@
 //! A call that is dropped takes its waiting rows with it. What an engine has begun is finished: at most the batch in its
 //! hands, and on a card the one behind it.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ use tokio::sync::Notify;
 use crate::Progress;
 use crate::budget::Held;
 use crate::limits::{BATCH_TOKENS, QUANTUM_PAIRS};
-use crate::prepare::{Fault, ReadyRow};
+use crate::prepare::{Content, Fault, ReadyRow};
 use crate::scores::{Awaited, CaptionResult, Scores};
 
 /// Rows of all calls that wait for an engine.
@@ -40,7 +40,7 @@ pub(crate) struct Queue {
 struct State {
     /// Calls with waiting rows; the front is the next to be served.
     calls: VecDeque<Waiting>,
-    /// Of all calls.
+    /// Of all calls. An image that several rows of a call have counts once.
     images: usize,
     tokens: usize,
     /// Batches that engines have asked for.
@@ -52,6 +52,8 @@ struct State {
 struct Waiting {
     call: Arc<Call>,
     rows: VecDeque<QueuedRow>,
+    /// How many of them have each image.
+    images: HashMap<Content, usize>,
     /// Pairs it may still spend in this round.
     deficit: usize,
     /// Nothing more comes before these rows are scored.
@@ -124,7 +126,7 @@ impl Queue {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Rows that wait, of all calls.
+    /// Images that wait, of all calls.
     pub(crate) fn depth(&self) -> usize {
         self.lock().images
     }
@@ -192,44 +194,74 @@ fn depth(state: &State) {
 }
 
 impl State {
-    /// Rows for one batch, in turn from all calls: at least one where any wait.
+    /// Rows for one batch, in turn from all calls: at least one where any wait. Rows with the same image share its place.
     fn gather(&mut self, images_max: usize) -> Vec<QueuedRow> {
-        let (mut rows, mut tokens) = (Vec::with_capacity(images_max.min(self.images)), 0);
+        let (mut rows, mut images, mut tokens) = (Vec::new(), HashSet::new(), 0);
         let mut full = false;
         while !full && let Some(mut call) = self.calls.pop_front() {
             call.deficit += QUANTUM_PAIRS;
-            while let Some(row) = call.rows.front().filter(|row| row.row.pairs() <= call.deficit) {
-                let crowded = !rows.is_empty() && tokens + row.row.tokens() > BATCH_TOKENS;
-                full = crowded || rows.len() == images_max;
+            while let Some(QueuedRow { row, .. }) = call.rows.front().filter(|row| row.row.pairs() <= call.deficit) {
+                let crowded = !rows.is_empty() && tokens + row.tokens() > BATCH_TOKENS;
+                full = crowded || (images.len() == images_max && !images.contains(&row.content));
                 if full {
                     break;
                 }
-                call.deficit -= row.row.pairs();
-                tokens += row.row.tokens();
+                call.deficit -= row.pairs();
+                tokens += row.tokens();
+                images.insert(row.content);
+                self.images -= call.forget(row.content);
                 rows.extend(call.rows.pop_front());
             }
             call.call.room.notify_one();
-            full |= rows.len() == images_max;
+            let more = call.rows.front().is_some_and(|row| images.contains(&row.row.content));
             match call.rows.front() {
                 None => {}
                 // It did not fit behind the others: first in the next batch, or it might never.
-                Some(_) if full && rows.len() < images_max => {
+                Some(_) if full && images.len() < images_max => {
                     call.deficit = call.deficit.saturating_sub(QUANTUM_PAIRS);
                     self.calls.push_front(call);
                 }
                 Some(_) => self.calls.push_back(call),
             }
+            full |= images.len() == images_max && !more;
         }
-        self.images -= rows.len();
         self.tokens -= tokens;
         rows
     }
 }
 
-fn fill(mut batch: Batch, rows: Vec<QueuedRow>) -> Job {
+impl Waiting {
+    /// Adds rows; gives the number of images that no row had that waits.
+    fn extend(&mut self, rows: VecDeque<QueuedRow>) -> usize {
+        let before = self.images.len();
+        rows.iter().for_each(|row| *self.images.entry(row.row.content).or_default() += 1);
+        self.rows.extend(rows);
+        self.images.len() - before
+    }
+
+    /// A row with this image waits no longer; gives 1 where it was the last one with it.
+    fn forget(&mut self, content: Content) -> usize {
+        match self.images.get_mut(&content) {
+            Some(rows) if *rows > 1 => {
+                *rows -= 1;
+                0
+            }
+            _ => usize::from(self.images.remove(&content).is_some()),
+        }
+    }
+}
+
+/// Rows with the same image stand side by side, and the image goes into the batch once.
+fn fill(mut batch: Batch, mut rows: Vec<QueuedRow>) -> Job {
     batch.clear();
+    let mut first = HashMap::with_capacity(rows.len());
+    rows.iter().enumerate().for_each(|(i, row)| _ = first.entry(row.row.content).or_insert(i));
+    rows.sort_by_key(|row| first[&row.row.content]);
+    let mut last = None;
     let place = |QueuedRow { row, place, .. }: QueuedRow| {
-        batch.push_image(&row.pixels);
+        if last.replace(row.content) != Some(row.content) {
+            batch.push_image(&row.pixels);
+        }
         for tokens in row.captions.iter().flatten() {
             batch.push_caption(tokens);
         }
@@ -317,18 +349,20 @@ impl Share {
         if state.closed {
             return;
         }
-        state.images += rows.len();
         state.tokens += rows.iter().map(|row| row.row.tokens()).sum::<usize>();
-        match state.calls.iter_mut().find(|waiting| waiting.call.number == self.call.number) {
+        state.images += match state.calls.iter_mut().find(|waiting| waiting.call.number == self.call.number) {
             Some(waiting) => {
-                waiting.rows.extend(rows);
                 waiting.hurry = false;
+                waiting.extend(rows)
             }
             None => {
-                let call = Arc::clone(&self.call);
-                state.calls.push_back(Waiting { call, rows, deficit: 0, hurry: false });
+                let (call, images) = (Arc::clone(&self.call), HashMap::new());
+                let mut waiting = Waiting { call, rows: VecDeque::new(), images, deficit: 0, hurry: false };
+                let images = waiting.extend(rows);
+                state.calls.push_back(waiting);
+                images
             }
-        }
+        };
         depth(&state);
         drop(state);
         self.queue.changed.notify_one();
@@ -345,7 +379,7 @@ impl Share {
         let waiting = state.calls.iter().find(|waiting| waiting.call.number == self.call.number);
         waiting.is_none_or(|waiting| {
             let tokens = || waiting.rows.iter().map(|row| row.row.tokens()).sum::<usize>();
-            waiting.rows.len() < self.queue.info.images_max && tokens() < BATCH_TOKENS
+            waiting.images.len() < self.queue.info.images_max && tokens() < BATCH_TOKENS
         })
     }
 
@@ -377,7 +411,7 @@ impl Drop for Share {
         let mut state = self.queue.lock();
         let place = state.calls.iter().position(|waiting| waiting.call.number == self.call.number);
         if let Some(waiting) = place.and_then(|place| state.calls.remove(place)) {
-            state.images -= waiting.rows.len();
+            state.images -= waiting.images.len();
             state.tokens -= waiting.rows.iter().map(|row| row.row.tokens()).sum::<usize>();
         }
         depth(&state);

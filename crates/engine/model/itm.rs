@@ -4,9 +4,10 @@
 //! * cosine: `<vision_proj(image row 0), text_proj(text row 0)>` after L2 normalisation
 
 use super::bert::{Bert, Packed};
+use super::chunk::Chunk;
 use super::vit::Vit;
 use super::{Loader, Observer};
-use crate::backend::{Backend, Epilogue, Span, TextRows};
+use crate::backend::{Backend, Epilogue, TextRows};
 use crate::checkpoint::Checkpoint;
 use crate::{Batch, Error, Heads, Info, ItmToken, Options, PairScore, PixelLut, Scorer};
 
@@ -17,17 +18,6 @@ struct Projections<B: Backend> {
     vision: B::Linear,
     text: B::Linear,
     itm: B::Linear,
-}
-
-/// What a chunk of captions needs on the host; all of it is allocated at load.
-#[derive(Default)]
-struct Chunk {
-    ids: Vec<u32>,
-    places: Vec<u32>,
-    captions: Vec<Span>,
-    images: Vec<Span>,
-    /// First row of each caption: the matching rows, then the cosine rows.
-    first_rows: Vec<usize>,
 }
 
 /// A loaded model on a backend, and its buffers. Letters: B images, C captions of a chunk, P projection.
@@ -144,13 +134,7 @@ impl<B: Backend> Net<B> {
             itm_token: options.itm_token,
             enc_token: config.text.enc_token_id,
             tokens_max,
-            chunk: Chunk {
-                ids: Vec::with_capacity(rows_max),
-                places: Vec::with_capacity(rows_max),
-                captions: Vec::with_capacity(rows_max),
-                images: Vec::with_capacity(options.images_max),
-                first_rows: Vec::with_capacity(rows_max),
-            },
+            chunk: Chunk::new(rows_max, captions_max, options.images_max),
             image_rows: backend.alloc(options.images_max, v)?,
             text_rows: backend.alloc(captions_max, t)?,
             image_features: backend.alloc_results(options.images_max, p)?,
@@ -190,7 +174,8 @@ impl<B: Backend> Net<B> {
         }
         let mut first = 0;
         while first < batch.captions() {
-            let last = self.pack(batch, first);
+            let token = (self.itm_token == ItmToken::Enc).then_some(self.enc_token);
+            let last = self.chunk.pack(batch, first, (self.heads, token), (self.tokens_max, self.vit.tokens()));
             self.score_chunk(backend, batch, first..last, out, observer)?;
             first = last;
         }
@@ -208,9 +193,8 @@ impl<B: Backend> Net<B> {
 
     /// Projects every image's class row, `[B, P]`.
     fn image_features(&mut self, backend: &mut B, images: usize) {
-        self.chunk.first_rows.clear();
-        self.chunk.first_rows.extend((0..images).map(|i| i * self.vit.tokens()));
-        backend.take_rows(self.vit.embeds(), &self.chunk.first_rows, &mut self.image_rows);
+        let first_rows = self.chunk.image_rows(images, self.vit.tokens());
+        backend.take_rows(self.vit.embeds(), first_rows, &mut self.image_rows);
         backend.linear(&self.image_rows, images, &self.projections.vision, Epilogue::Store, &mut self.image_features);
     }
 
@@ -222,39 +206,6 @@ impl<B: Backend> Net<B> {
         Ok(())
     }
 
-    /// Packs as many captions from `first` on as fit; returns the first that did not.
-    fn pack(&mut self, batch: &Batch, first: usize) -> usize {
-        let (mut last, mut count) = (first, 0);
-        while last < batch.captions() && count + batch.caption(last).len() <= self.tokens_max {
-            count += batch.caption(last).len();
-            last += 1;
-        }
-        let chunk = &mut self.chunk;
-        chunk.ids.clear();
-        chunk.places.clear();
-        chunk.captions.clear();
-        chunk.images.clear();
-        chunk.first_rows.clear();
-        for (itm, on) in [(true, self.heads.itm), (false, self.heads.cosine)] {
-            for caption in first..last {
-                if on {
-                    let enc = (itm && self.itm_token == ItmToken::Enc).then_some(self.enc_token);
-                    chunk.push(batch.caption(caption), enc);
-                }
-            }
-        }
-        if self.heads.itm {
-            for (caption, span) in (first..last).zip(&chunk.captions) {
-                let kv = batch.image_of(caption) * self.vit.tokens();
-                match chunk.images.last_mut() {
-                    Some(image) if image.kv == kv => image.q_len += span.q_len,
-                    _ => chunk.images.push(Span { kv, kv_len: self.vit.tokens(), ..*span }),
-                }
-            }
-        }
-        last
-    }
-
     fn score_chunk(
         &mut self,
         backend: &mut B,
@@ -263,59 +214,49 @@ impl<B: Backend> Net<B> {
         out: &mut Vec<PairScore>,
         observer: &mut Observer<'_>,
     ) -> Result<(), Error> {
-        let (chunk, p, count) = (&self.chunk, self.projection, captions.len());
+        let (chunk, p) = (&self.chunk, self.projection);
         let text = Packed {
             rows: TextRows { ids: &chunk.ids, places: &chunk.places },
             captions: &chunk.captions,
-            cross_rows: if self.heads.itm { batch.tokens_of(captions.clone()) } else { 0 },
+            cross_rows: chunk.cross_rows,
             images: &chunk.images,
         };
         self.bert.forward(backend, &text, observer)?;
-        let (itm_rows, cosine_rows) = chunk.first_rows.split_at(if self.heads.itm { count } else { 0 });
+        let (itm_rows, cosine_rows) = chunk.first_rows.split_at(chunk.pairs);
         if self.heads.itm {
             backend.take_rows(self.bert.output(), itm_rows, &mut self.text_rows);
+            let count = itm_rows.len();
             backend.linear(&self.text_rows, count, &self.projections.itm, Epilogue::Store, &mut self.logits);
         }
         if self.heads.cosine {
             backend.take_rows(self.bert.output(), cosine_rows, &mut self.text_rows);
+            let count = cosine_rows.len();
             backend.linear(&self.text_rows, count, &self.projections.text, Epilogue::Store, &mut self.text_features);
         }
         // Everything is queued: only now does the host wait.
         if self.heads.itm {
-            backend.read(&self.logits, &mut self.host_logits[..count * 2])?;
+            backend.read(&self.logits, &mut self.host_logits[..itm_rows.len() * 2])?;
         }
         if self.heads.cosine {
+            let texts = &mut self.host_texts[..cosine_rows.len() * p];
+            backend.read(&self.text_features, texts)?;
+            texts.chunks_exact_mut(p).for_each(normalize);
             if captions.start == 0 {
                 self.read_image_features(backend, batch.images())?;
             }
-            backend.read(&self.text_features, &mut self.host_texts[..count * p])?;
         }
         for (i, caption) in captions.enumerate() {
-            let image = batch.image_of(caption) * p;
-            let logits = self.heads.itm.then(|| [self.host_logits[2 * i], self.host_logits[2 * i + 1]]);
-            let features = self.heads.cosine.then_some(());
-            let cosine = features.map(|()| {
-                let text = &mut self.host_texts[i * p..][..p];
-                normalize(text);
-                dot(text, &self.host_images[image..][..p])
+            let logits = self.heads.itm.then(|| {
+                let pair = 2 * self.chunk.pair_of[i];
+                [self.host_logits[pair], self.host_logits[pair + 1]]
+            });
+            let cosine = self.heads.cosine.then(|| {
+                let (text, image) = (self.chunk.text_of[i] * p, batch.image_of(caption) * p);
+                dot(&self.host_texts[text..][..p], &self.host_images[image..][..p])
             });
             out.push(PairScore::new(logits, cosine));
         }
         Ok(())
-    }
-}
-
-impl Chunk {
-    /// Appends a caption's rows; `first` replaces its first token.
-    fn push(&mut self, tokens: &[u32], first: Option<u32>) {
-        let row = self.ids.len();
-        self.first_rows.push(row);
-        self.captions.push(Span { q: row, q_len: tokens.len(), kv: row, kv_len: tokens.len() });
-        self.ids.extend_from_slice(tokens);
-        self.places.extend((0..).take(tokens.len()));
-        if let Some(id) = first {
-            self.ids[row] = id;
-        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! float32 results are the reference.
 
 mod bert;
+mod chunk;
 mod itm;
 mod vit;
 

@@ -73,9 +73,20 @@ impl Bench {
     }
 }
 
+fn row(content: Content, captions: Vec<Result<Vec<u32>, Fault>>) -> Result<ReadyRow, Fault> {
+    Ok(ReadyRow { content, pixels: vec![0; 64 * 64 * 3].into(), captions })
+}
+
+/// The content of another image each time.
+fn another() -> Content {
+    static IMAGES: AtomicU64 = AtomicU64::new(0);
+    let mut content = Content::default();
+    content[..8].copy_from_slice(&IMAGES.fetch_add(1, Ordering::Relaxed).to_le_bytes());
+    content
+}
+
 fn rows(count: usize, captions: usize) -> Vec<Result<ReadyRow, Fault>> {
-    let row = || Ok(ReadyRow { pixels: vec![0; 64 * 64 * 3].into(), captions: vec![Ok(vec![101, 102]); captions] });
-    (0..count).map(|_| row()).collect()
+    (0..count).map(|_| row(another(), vec![Ok(vec![101, 102]); captions])).collect()
 }
 
 fn submit(share: &Share, count: usize) -> Scores {
@@ -113,7 +124,7 @@ fn a_small_call_does_not_wait_for_a_large_one() {
 /// A row of so many captions of so many tokens each; every third one has no score.
 fn long_row(captions: usize, tokens: usize) -> Vec<Result<ReadyRow, Fault>> {
     let caption = |i| if i % 3 == 2 { Err(Fault::new("null_caption", "")) } else { Ok(vec![7; tokens]) };
-    vec![Ok(ReadyRow { pixels: vec![0; 64 * 64 * 3].into(), captions: (0..captions).map(caption).collect() })]
+    vec![row(another(), (0..captions).map(caption).collect())]
 }
 
 #[test]
@@ -146,6 +157,33 @@ fn a_row_of_many_captions_goes_in_parts_and_comes_back_whole() {
         let _ = bench.go.send(());
         assert!(is_done(&mut small));
     }
+}
+
+#[test]
+fn rows_with_the_same_image_share_its_place() {
+    let bench = bench(4, None);
+    let (share, other) = (bench.join(), bench.join());
+    let images: Vec<Content> = (0..5).map(|_| another()).collect();
+    // Images by turns, three rows each, and a row of a fifth image.
+    let order = (0..12).map(|i| images[i % 4]).chain([images[4]]);
+    let mut scores = share.submit(order.map(|image| row(image, vec![Ok(vec![101, 102])])).collect(), Held::default());
+    assert_eq!(bench.batch(), 4, "thirteen rows of five images make a full batch of four");
+    assert_eq!(bench.pool.queue().depth(), 1);
+    // An image of another call's rows is a new one to this call, and the same to the batch.
+    let mut others = other.submit(vec![row(images[4], vec![Ok(vec![7])])], Held::default());
+    assert_eq!(bench.pool.queue().depth(), 2);
+    share.hurry();
+    bench.go.send(()).unwrap();
+    assert_eq!(bench.batch(), 1);
+    bench.go.send(()).unwrap();
+    assert!(is_done(&mut others));
+    let rows = scores.0.try_recv().unwrap().unwrap();
+    // The engine counts pairs: those of an image one after another.
+    let numbers: Vec<f32> = rows.iter().filter_map(|row| row.scores[0].itm).collect();
+    let expected = (0..12).map(|i| (i % 4 * 3 + i / 4) as f32).chain([12.0]);
+    assert_eq!(numbers, expected.collect::<Vec<f32>>());
+    let state = bench.pool.queue().lock();
+    assert_eq!((state.images, state.tokens, state.calls.len()), (0, 0, 0));
 }
 
 #[test]
