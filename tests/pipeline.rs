@@ -7,8 +7,8 @@ use arrow::array::{RecordBatch, UInt32Array};
 use arrow::compute::take_record_batch;
 use capsieve_store::ColumnOptions;
 use capsieve_worker::{
-    CaptionPolicy, DeviceChoice, EngineChoice, Heads, ItmToken, LoadedModel, Outcome, Progress, ScoreJob, Stats,
-    Thresholds, score,
+    CaptionPolicy, DeviceChoice, EngineChoice, Heads, ItmToken, LoadedModel, Outcome, Progress, ScoreJob, Select,
+    Stats, Thresholds, score,
 };
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -39,6 +39,9 @@ impl Job {
             itm_token: ItmToken::Cls,
             thresholds: Thresholds::default(),
             policy: CaptionPolicy::default(),
+            rejected: None,
+            kept_only: false,
+            select: Select::All,
             drop_images: false,
             fail_on_row: false,
             overwrite: false,
@@ -98,7 +101,7 @@ fn batches_chunks_and_row_groups_do_not_show() {
         let (found, stats) = job.run();
         assert_close(&found, &expected, &format!("batches of {batch_size}, row groups of {group_rows}"));
         assert_eq!(texts(&found, "key"), texts(&batch, "key"), "input order");
-        assert_eq!((stats.rows, stats.scored, stats.failed, stats.pairs), (75, 75, 0, 75));
+        assert_eq!((stats.counts.rows, stats.counts.scored, stats.counts.failed, stats.counts.pairs), (75, 75, 0, 75));
     }
 }
 
@@ -135,8 +138,8 @@ fn lists_of_captions_score_as_single_rows() {
     let (expected, _) = Job::new(&shard(&single), 1000).run();
     assert_close(&found, &expected, "lists");
     let empty = (0..40).filter(|row| row % 6 == 0).count() as u64;
-    assert_eq!((stats.pairs, stats.failed), (single.len() as u64, empty), "an empty list has no score");
-    assert_eq!(stats.errors.get("null_caption"), Some(&empty));
+    assert_eq!((stats.counts.pairs, stats.counts.failed), (single.len() as u64, empty), "an empty list has no score");
+    assert_eq!(stats.counts.errors.get("null_caption"), Some(&empty));
 }
 
 #[test]
@@ -162,7 +165,7 @@ fn many_bad_rows_behind_a_good_one_keep_their_order() {
     (rows[0].0, rows[699].0) = (Some(picture(1)), Some(picture(1)));
     let (found, stats) = Job::new(&shard(&rows), 1000).run();
     let scores = floats(&found, "itm_score");
-    assert_eq!((stats.scored, stats.errors.get("null_image")), (2, Some(&698)));
+    assert_eq!((stats.counts.scored, stats.counts.errors.get("null_image")), (2, Some(&698)));
     assert!(scores[0].is_some() && scores[699].is_some() && scores[1..699].iter().all(Option::is_none));
 }
 
@@ -262,8 +265,8 @@ proptest! {
         prop_assert_eq!(found.column_by_name("image"), batch.column_by_name("image"));
         let expected: Vec<_> = kinds.iter().map(|kind| Some(kind.status().to_owned())).collect();
         prop_assert_eq!(texts(&found, "score_status"), expected);
-        prop_assert_eq!(stats.rows, kinds.len() as u64);
-        prop_assert_eq!(stats.scored + stats.failed, stats.rows);
+        prop_assert_eq!(stats.counts.rows, kinds.len() as u64);
+        prop_assert_eq!(stats.counts.scored + stats.counts.failed, stats.counts.rows);
         let (scores, errors) = (floats(&found, "itm_score"), texts(&found, "score_error"));
         let mut by_picture = std::collections::HashMap::new();
         for (row, kind) in kinds.iter().enumerate() {

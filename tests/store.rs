@@ -17,8 +17,8 @@ use std::sync::Arc;
 use arrow::array::{ArrayRef, RecordBatch};
 use arrow::compute::concat_batches;
 use capsieve_store::{
-    CaptionScore, ColumnOptions, Location, OutputHeads, OutputOptions, Result, RowScore, ShardReader, ShardWriter,
-    Written,
+    CaptionScore, ColumnOptions, Location, OutputHeads, OutputOptions, OutputRows, Result, RowScore, Select,
+    ShardReader, ShardWriter, Written,
 };
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
@@ -63,6 +63,8 @@ fn options() -> OutputOptions {
     OutputOptions {
         heads: OutputHeads { itm: true, cosine: true },
         drop_images: false,
+        select: Select::All,
+        rows: OutputRows::All,
         min_itm: None,
         min_cosine: None,
         metadata: vec![("capsieve.version".to_owned(), "0.1.0".to_owned())],
@@ -100,7 +102,7 @@ async fn rescore(
         first += batch.num_rows();
         writer.write(&batch, &scores).await?;
     }
-    writer.commit().await
+    writer.commit(&[]).await
 }
 
 /// What a folder holds, hidden files too.

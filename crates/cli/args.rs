@@ -9,7 +9,7 @@ use capsieve_worker::{DeviceChoice, EngineChoice, Heads, ItmToken, Precision, Sy
 use clap::builder::FalseyValueParser;
 use clap::{ArgAction, Args as Group, Parser, Subcommand, ValueEnum};
 
-pub(crate) use score::{OnShardError, ScoreArgs};
+pub(crate) use score::{OnShardError, ScoreArgs, Selection};
 pub(crate) use worker::{ServeArgs, SubmitArgs};
 
 /// Scores image-caption pairs with BLIP's image-text matching model, so that noisy captions can be thrown out.

@@ -8,6 +8,20 @@ use crate::Error;
 const LINK_LOOP: i32 = if cfg!(target_os = "linux") { 40 } else { 62 };
 
 impl Error {
+    /// Whether what is there is no whole Parquet file, or one that nobody could read.
+    pub fn is_no_shard(&self) -> bool {
+        matches!(
+            self,
+            Self::NotParquet { .. }
+                | Self::Cut { .. }
+                | Self::Encrypted { .. }
+                | Self::Corrupt { .. }
+                | Self::LongFooter { .. }
+                | Self::Folder { .. }
+                | Self::Malformed { .. }
+        )
+    }
+
     /// The input is another one than before.
     pub(crate) fn changed(uri: &str) -> Self {
         let source =

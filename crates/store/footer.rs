@@ -13,7 +13,6 @@ use parquet::file::metadata::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::output::{COSINE_SCORE, ITM_SCORE, SCORE_ERROR};
 use crate::views::with_views;
 use crate::{Error, Location, ObjectInfo, Result};
 
@@ -51,7 +50,14 @@ impl Footer {
     /// # Errors
     /// When the object cannot be read or is not a Parquet file we understand.
     pub async fn read(location: &Location) -> Result<Self> {
-        let info = location.head().await?;
+        Self::at(location, location.head().await?).await
+    }
+
+    /// Reads the footer of this version of `location`.
+    ///
+    /// # Errors
+    /// As [`Self::read`], or there is another version now, if the store can tell.
+    pub async fn at(location: &Location, info: ObjectInfo) -> Result<Self> {
         let metadata = read_metadata(location, &info).await?;
         let opened = contained(location, move || {
             check_ranges(&metadata)?;
@@ -80,28 +86,6 @@ impl Footer {
     /// Rows, as the footer says.
     pub fn rows(&self) -> u64 {
         u64::try_from(self.metadata.metadata().file_metadata().num_rows()).unwrap_or_default()
-    }
-
-    /// Rows of a scored shard that have no score: those with a `score_error`. None where the file does not count nulls.
-    pub fn failed_rows(&self) -> Option<u64> {
-        self.values(SCORE_ERROR)
-    }
-
-    /// Captions of a scored shard that have a score. None where the file does not count nulls.
-    pub fn scored_pairs(&self) -> Option<u64> {
-        self.values(ITM_SCORE).or_else(|| self.values(COSINE_SCORE))
-    }
-
-    /// Values of a column that are not null, on whatever level.
-    fn values(&self, root: &str) -> Option<u64> {
-        let metadata = self.metadata.metadata();
-        let mut columns = metadata.file_metadata().schema_descr().columns().iter();
-        let index = columns.position(|column| column.path().parts().first().is_some_and(|name| name == root))?;
-        let count = |group: &RowGroupMetaData| {
-            let chunk = group.column(index);
-            u64::try_from(chunk.num_values()).ok()?.checked_sub(chunk.statistics()?.null_count_opt()?)
-        };
-        metadata.row_groups().iter().map(count).sum()
     }
 
     /// Row groups.

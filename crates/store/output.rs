@@ -6,11 +6,13 @@
 //!
 //! A head that is off has no column. Where the caption is a list, the scores are lists of the same length and
 //! `best_caption` is the position of the best one by `itm_score` (by `cosine_score` where that is the only head). `keep`
-//! is true where at least one caption passes every threshold that is set, so a row without a score is never kept.
+//! is true where at least one caption passes every threshold that is set, so a row without a score is never kept. Of captions
+//! that are selected, the list is the shorter one, and so are those of the scores.
 //!
 //! Scores of an earlier run are replaced: every column of ours where the input is an output of ours, else only columns
 //! of the names that are written now.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -19,16 +21,17 @@ use arrow_array::{ArrayRef, BooleanArray, Float32Array, Int32Array, RecordBatch,
 use arrow_cast::cast;
 use arrow_schema::{ArrowError, DataType, Field, FieldRef, Schema, SchemaRef};
 
-use crate::{CaptionKind, Columns, Error, Result, features, views};
+use crate::selection::{self, Select, Selected};
+use crate::{CaptionKind, Columns, Error, Location, Result, features, views};
 
-pub(crate) const ITM_SCORE: &str = "itm_score";
-pub(crate) const COSINE_SCORE: &str = "cosine_score";
+const ITM_SCORE: &str = "itm_score";
+const COSINE_SCORE: &str = "cosine_score";
 const BEST_CAPTION: &str = "best_caption";
 /// Whether a row passes the thresholds.
-pub const KEEP: &str = "keep";
+const KEEP: &str = "keep";
 /// Of each row: "ok", or why it has no score.
-pub const SCORE_STATUS: &str = "score_status";
-pub(crate) const SCORE_ERROR: &str = "score_error";
+const SCORE_STATUS: &str = "score_status";
+const SCORE_ERROR: &str = "score_error";
 /// Every column an output of ours can have.
 const OURS: [&str; 6] = [ITM_SCORE, COSINE_SCORE, BEST_CAPTION, KEEP, SCORE_STATUS, SCORE_ERROR];
 /// Begins the keys of our file metadata.
@@ -57,10 +60,27 @@ pub struct OutputOptions {
     pub min_itm: Option<f32>,
     /// The least `cosine_score` to keep a row.
     pub min_cosine: Option<f32>,
+    /// Which captions of its list a kept row is written with.
+    pub select: Select,
+    /// Which rows are written.
+    pub rows: OutputRows,
     /// File metadata: `capsieve.model` and so on.
     pub metadata: Vec<(String, String)>,
     /// Replaces an output that is there; otherwise that is an error.
     pub overwrite: bool,
+}
+
+/// Which rows an output has.
+#[derive(Clone, Debug, Default)]
+pub enum OutputRows {
+    /// All of the input's.
+    #[default]
+    All,
+    /// Those that are kept; the others go there, if anywhere.
+    Kept {
+        /// Another shard of the same columns.
+        rejected: Option<Location>,
+    },
 }
 
 /// The scores of one caption; none where the head is off or the caption is null.
@@ -92,6 +112,8 @@ pub(crate) struct Layout {
     encoded: SchemaRef,
     /// Input columns that are carried over.
     carried: Vec<usize>,
+    /// The input's column of captions, where they are selected.
+    selected: Option<usize>,
     lists: bool,
     options: OutputOptions,
 }
@@ -110,13 +132,26 @@ impl Layout {
         let carried: Vec<usize> = (0..input.fields().len())
             .filter(|index| !dropped(*index) && !replaced(input.field(*index).name()))
             .collect();
-        let fields: Vec<FieldRef> =
-            carried.iter().map(|index| Arc::clone(&input.fields()[*index])).chain(scores.iter().cloned()).collect();
+        let selected = (lists && options.select != Select::All).then_some(columns.caption);
+        let plain = |index: &usize| match input.fields().get(*index) {
+            Some(captions) if selected == Some(*index) => selection::field(captions),
+            _ => Arc::clone(&input.fields()[*index]),
+        };
+        let fields: Vec<FieldRef> = carried.iter().map(plain).chain(scores.iter().cloned()).collect();
         let metadata = metadata(input, &fields, &scores, options);
         let (plain, scores) = fields.split_at(carried.len());
         let encoded: Vec<FieldRef> = plain.iter().map(views::field).chain(scores.iter().cloned()).collect();
         let schema = Arc::new(Schema::new_with_metadata(fields, metadata));
-        Ok(Self { schema, encoded: Arc::new(Schema::new(encoded)), carried, lists, options: options.clone() })
+        let encoded = Arc::new(Schema::new(encoded));
+        Ok(Self { schema, encoded, carried, selected, lists, options: options.clone() })
+    }
+
+    pub(crate) fn has_thresholds(&self) -> bool {
+        has_thresholds(&self.options)
+    }
+
+    pub(crate) fn options(&self) -> &OutputOptions {
+        &self.options
     }
 
     pub(crate) fn encoded(&self) -> &SchemaRef {
@@ -127,13 +162,23 @@ impl Layout {
         &self.schema
     }
 
-    /// The output rows, and how many of them are kept.
-    pub(crate) fn build(&self, input: &RecordBatch, rows: &[RowScore]) -> Result<(RecordBatch, u64), ArrowError> {
+    /// The output rows, and which of them are kept.
+    pub(crate) fn build(
+        &self,
+        input: &RecordBatch,
+        rows: &[RowScore],
+    ) -> Result<(RecordBatch, BooleanArray), ArrowError> {
         assert_eq!(input.num_rows(), rows.len(), "one score for each row");
+        let selected: Option<Selected> = self.selected.map(|_| rows.iter().map(|row| self.select(row)).collect());
         let carried = self.carried.iter().zip(self.encoded.fields());
         // A file that could not be read as views, or a caller with rows of its own.
         let viewed = |(index, field): (&usize, &FieldRef)| {
-            let column = input.column(*index);
+            let column = match &selected {
+                Some(selected) if self.selected == Some(*index) => {
+                    &selection::captions(input.column(*index), selected)?
+                }
+                _ => input.column(*index),
+            };
             let plain = column.data_type() != field.data_type();
             if plain && views::data_type(column.data_type()) == *field.data_type() {
                 return cast(column, field.data_type());
@@ -141,7 +186,8 @@ impl Layout {
             Ok(Arc::clone(column))
         };
         let mut arrays = carried.map(viewed).collect::<Result<Vec<ArrayRef>, _>>()?;
-        let keep: Vec<bool> = rows.iter().map(|row| self.keeps(row)).collect();
+        let keep = BooleanArray::from_iter(rows.iter().map(|row| Some(self.keeps(row))));
+        let rows = &*selected.map_or(Cow::Borrowed(rows), |selected| Cow::Owned(scores_of(rows, &selected)));
         let heads = self.options.heads;
         if heads.itm {
             arrays.push(self.scores(rows, |score| score.itm));
@@ -152,24 +198,36 @@ impl Layout {
         if self.lists {
             arrays.push(Arc::new(rows.iter().map(|row| best_caption(row, heads)).collect::<Int32Array>()));
         }
-        if has_thresholds(&self.options) {
-            arrays.push(Arc::new(BooleanArray::from(keep.clone())));
+        if self.has_thresholds() {
+            arrays.push(Arc::new(keep.clone()));
         }
         arrays.push(Arc::new(rows.iter().map(|row| Some(row.status)).collect::<StringArray>()));
         arrays.push(Arc::new(rows.iter().map(|row| row.error.as_deref()).collect::<StringArray>()));
         let batch = RecordBatch::try_new(Arc::clone(&self.encoded), arrays)?;
-        Ok((batch, keep.iter().filter(|keep| **keep).count() as u64))
+        Ok((batch, keep))
     }
 
     /// Without a threshold every row with a score counts as kept.
     fn keeps(&self, row: &RowScore) -> bool {
+        row.scores.iter().any(|score| self.passes(score))
+    }
+
+    fn passes(&self, score: &CaptionScore) -> bool {
         let passes = |score: Option<f32>, least: Option<f32>| {
             least.is_none_or(|least| score.is_some_and(|score| score >= least))
         };
-        row.scores.iter().any(|score| {
-            let scored = score.itm.or(score.cosine).is_some();
-            scored && passes(score.itm, self.options.min_itm) && passes(score.cosine, self.options.min_cosine)
-        })
+        let scored = score.itm.or(score.cosine).is_some();
+        scored && passes(score.itm, self.options.min_itm) && passes(score.cosine, self.options.min_cosine)
+    }
+
+    /// The captions that a row is written with; none: all.
+    fn select(&self, row: &RowScore) -> Option<Vec<usize>> {
+        let passing = || row.scores.iter().enumerate().filter(|(_, score)| self.passes(score));
+        match self.options.select {
+            Select::Matching => Some(passing().map(|(caption, _)| caption).collect()).filter(|_| self.keeps(row)),
+            Select::Best => best(passing(), self.options.heads).map(|caption| vec![caption]),
+            Select::All => None,
+        }
     }
 
     fn scores(&self, rows: &[RowScore], head: fn(&CaptionScore) -> Option<f32>) -> ArrayRef {
@@ -230,8 +288,12 @@ fn score_fields(options: &OutputOptions, lists: bool) -> Vec<FieldRef> {
 
 /// The first of the best captions.
 fn best_caption(row: &RowScore, heads: OutputHeads) -> Option<i32> {
+    best(row.scores.iter().enumerate(), heads).and_then(|index| i32::try_from(index).ok())
+}
+
+fn best<'a>(scores: impl Iterator<Item = (usize, &'a CaptionScore)>, heads: OutputHeads) -> Option<usize> {
     let mut best: Option<(usize, f32)> = None;
-    for (index, score) in row.scores.iter().enumerate() {
+    for (index, score) in scores {
         let score = if heads.itm { score.itm } else { score.cosine };
         if let Some(score) = score.filter(|score| !score.is_nan())
             && best.is_none_or(|(_, least)| score > least)
@@ -239,7 +301,19 @@ fn best_caption(row: &RowScore, heads: OutputHeads) -> Option<i32> {
             best = Some((index, score));
         }
     }
-    best.and_then(|(index, _)| i32::try_from(index).ok())
+    best.map(|(index, _)| index)
+}
+
+/// The scores of the captions that are selected.
+fn scores_of(rows: &[RowScore], selected: &Selected) -> Vec<RowScore> {
+    let scores = |(row, selected): (&RowScore, &Option<Vec<usize>>)| match selected {
+        Some(captions) => {
+            let scores = captions.iter().map(|caption| row.scores[*caption]).collect();
+            RowScore { scores, error: row.error.clone(), ..*row }
+        }
+        None => row.clone(),
+    };
+    rows.iter().zip(selected).map(scores).collect()
 }
 
 /// The input's key-value metadata, less what a Parquet writer or an earlier run of ours put there, and ours.

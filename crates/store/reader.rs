@@ -1,7 +1,6 @@
 //! Streams the rows of a shard, one row group in memory at a time. All columns are read, because the output carries them
 //! on unchanged; strings and bytes come as views of their pages, see [`crate::views`].
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 
 use arrow_array::RecordBatch;
@@ -16,13 +15,10 @@ use parquet::errors::ParquetError;
 
 use crate::footer::contained;
 use crate::views::own;
-use crate::{ColumnOptions, Columns, Error, Footer, Location, ObjectInfo, Result, key_texts};
+use crate::{ColumnOptions, Columns, Error, Footer, Location, ObjectInfo, Result};
 
 /// Decoded bytes of an average batch at most, whatever number of rows the caller asks for.
 const BATCH_BYTES_MAX: u64 = 64 << 20;
-
-/// Rows of a single column of short values that are looked at together.
-const COUNTED_ROWS: usize = 8192;
 
 /// An opened shard whose columns are known.
 #[derive(Clone, Debug)]
@@ -40,6 +36,14 @@ impl ShardReader {
     /// When the object cannot be read, is not Parquet, or has no usable image or caption column.
     pub async fn open(location: &Location, options: &ColumnOptions) -> Result<Self> {
         Self::new(Footer::read(location).await?, options)
+    }
+
+    /// Opens this version of a shard and finds its columns.
+    ///
+    /// # Errors
+    /// As [`Self::open`], or there is another version now.
+    pub async fn open_at(location: &Location, info: &ObjectInfo, options: &ColumnOptions) -> Result<Self> {
+        Self::new(Footer::at(location, info.clone()).await?, options)
     }
 
     /// Finds the columns of a shard whose footer is read already.
@@ -224,24 +228,6 @@ async fn build(
         builder.with_projection(mask).with_row_groups(groups).with_offset(skipped).build().map(Box::new)
     };
     contained(&location, build).await
-}
-
-/// How often each value of a text column occurs; none where the shard has no such column. For columns of few values.
-///
-/// # Errors
-/// When the shard cannot be read.
-pub async fn value_counts(footer: Footer, column: &str) -> Result<Option<BTreeMap<String, u64>>> {
-    let Ok(root) = footer.schema().index_of(column) else { return Ok(None) };
-    let (location, info, rows_all) = (footer.location.clone(), footer.info.clone(), footer.rows());
-    let (roots, state) = (Some(vec![root]), State::Opened(footer));
-    let mut batches = Batches { location, info, roots, batch_rows: COUNTED_ROWS, state, rows: 0, rows_all };
-    let mut counts = BTreeMap::new();
-    while let Some(batch) = batches.next().await? {
-        for value in key_texts(batch.column(0)) {
-            *counts.entry(value).or_default() += 1;
-        }
-    }
-    Ok(Some(counts))
 }
 
 /// Few large requests: column chunks that lie close together are fetched at once.

@@ -150,7 +150,7 @@ impl<'a> Captions<'a> {
     }
 }
 
-fn list_items(array: &ArrayRef) -> &ArrayRef {
+pub(crate) fn list_items(array: &ArrayRef) -> &ArrayRef {
     match array.data_type() {
         DataType::List(_) => array.as_list::<i32>().values(),
         DataType::LargeList(_) => array.as_list::<i64>().values(),
@@ -161,7 +161,7 @@ fn list_items(array: &ArrayRef) -> &ArrayRef {
 }
 
 /// Where the items of a row begin among all items, and how many there are.
-fn list_range(array: &ArrayRef, row: usize) -> (usize, usize) {
+pub(crate) fn list_range(array: &ArrayRef, row: usize) -> (usize, usize) {
     match array.data_type() {
         DataType::List(_) => {
             let offsets = array.as_list::<i32>().value_offsets();

@@ -25,54 +25,58 @@ pub fn stats_location(shard: &Location) -> Location {
     shard.sibling(&format!("{}.stats.json", name.strip_suffix(".parquet").unwrap_or(name)))
 }
 
-/// Whether [`write_stats`] would replace nothing but statistics of ours.
-///
-/// # Errors
-/// When something else has their name, or the store cannot say.
-pub async fn check_stats(shard: &Location) -> Result<()> {
-    let location = stats_location(shard);
-    let foreign = || Error::Exists { uri: location.uri().to_owned() };
-    // A pipe would keep a reader waiting, and a link may lead where nothing may be read.
-    let meta = location.as_file().and_then(|file| file.symlink_metadata().ok());
-    if meta.is_some_and(|meta| !meta.is_file()) {
-        return Err(foreign());
-    }
-    let info = match location.head_within(STATS_BYTES_MAX).await {
-        Ok(info) => info,
-        Err(Error::NotFound { .. }) => return Ok(()),
-        Err(Error::TooLarge { .. }) => return Err(foreign()),
-        Err(error) => return Err(error),
-    };
-    let ours = match location.get(&info).await {
-        Ok(bytes) => serde_json::from_slice::<Ours>(&bytes).is_ok(),
-        // Another run has just written its own.
-        Err(Error::Changed { .. } | Error::NotFound { .. }) => true,
-        Err(error) => return Err(error),
-    };
-    if ours { Ok(()) } else { Err(foreign()) }
+/// What has the name of a shard's statistics.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FoundStats {
+    /// Nothing.
+    Absent,
+    /// Statistics of ours, as JSON.
+    Ours(Bytes),
+    /// Something else, of this name.
+    Foreign(String),
 }
 
-/// Whether a shard has statistics of the job with this fingerprint.
+/// What is there that [`write_stats`] would replace.
 ///
 /// # Errors
 /// When the store cannot say.
-pub async fn has_stats(shard: &Location, fingerprint: &str) -> Result<bool> {
-    #[derive(Deserialize)]
-    struct Known {
-        fingerprint: String,
-    }
+pub async fn read_stats(shard: &Location) -> Result<FoundStats> {
     let location = stats_location(shard);
-    let info = match location.head_within(STATS_BYTES_MAX).await {
-        Ok(info) => info,
-        Err(Error::NotFound { .. } | Error::TooLarge { .. }) => return Ok(false),
-        Err(error) => return Err(error),
-    };
-    let bytes = match location.get(&info).await {
-        Ok(bytes) => bytes,
-        Err(Error::NotFound { .. } | Error::Changed { .. }) => return Ok(false),
-        Err(error) => return Err(error),
-    };
-    Ok(serde_json::from_slice::<Known>(&bytes).is_ok_and(|known| known.fingerprint == fingerprint))
+    let foreign = || Ok(FoundStats::Foreign(location.uri().to_owned()));
+    // A pipe would keep a reader waiting, and a link may lead where nothing may be read.
+    let meta = location.as_file().and_then(|file| file.symlink_metadata().ok());
+    if meta.is_some_and(|meta| !meta.is_file()) {
+        return foreign();
+    }
+    match whole(&location).await {
+        Ok(bytes) if serde_json::from_slice::<Ours>(&bytes).is_ok() => Ok(FoundStats::Ours(bytes)),
+        Ok(_) | Err(Error::TooLarge { .. }) => foreign(),
+        Err(Error::NotFound { .. }) => Ok(FoundStats::Absent),
+        Err(error) => Err(error),
+    }
+}
+
+/// The object as it is now, in one request.
+async fn whole(location: &Location) -> Result<Bytes> {
+    let failed = |source| Error::store(location.uri(), source);
+    let found = location.store().get(&location.path()).await.map_err(failed)?;
+    match found.meta.size {
+        size if size > STATS_BYTES_MAX => {
+            Err(Error::TooLarge { uri: location.to_string(), size, limit: STATS_BYTES_MAX })
+        }
+        _ => found.bytes().await.map_err(failed),
+    }
+}
+
+/// Removes a shard's statistics, if there are any.
+///
+/// # Errors
+/// When they cannot be removed.
+pub async fn remove_stats(shard: &Location) -> Result<()> {
+    match stats_location(shard).delete().await {
+        Ok(()) | Err(Error::NotFound { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Writes the statistics of `shard` at once, replacing older ones, and returns where.
@@ -91,12 +95,15 @@ pub async fn write_stats(shard: &Location, stats: &impl Serialize) -> Result<Loc
         return Ok(location);
     };
     // A file is written under a name that is known for a killed run's, and gets its own by a rename.
-    hidden.put(json.clone()).await?;
-    match location.store().rename(&hidden.path(), &location.path()).await {
-        Ok(()) => {}
+    let written = async {
+        hidden.put(json.clone()).await?;
+        let renamed = location.store().rename(&hidden.path(), &location.path()).await;
+        renamed.map_err(|source| Error::store(location.uri(), source))
+    };
+    match written.await {
         // Another run of the same shard took it for a leftover.
-        Err(object_store::Error::NotFound { .. }) => location.put(json).await?,
-        Err(source) => return Err(Error::store(location.uri(), source)),
+        Err(Error::NotFound { .. }) => location.put(json).await?,
+        other => other?,
     }
     Ok(location)
 }

@@ -1,54 +1,54 @@
-//! Writes one output shard: input batches and their scores in, a Parquet object that appears whole or not at all out.
-//! The commit point is [`ShardWriter::commit`].
+//! Writes one output shard: input batches and their scores in, a Parquet object that appears whole or not at all out, and
+//! another one of rejected rows where that is asked for. The commit point is [`ShardWriter::commit`].
 //!
 //! Encoding: the image column is Snappy without dictionary or statistics (images do not compress, and Snappy gives up on
 //! them fastest), everything else is Zstandard level 1. The input's own codecs are not copied: they say nothing about
 //! what is cheap to write, and readers do not care. A row group is closed at 32 MiB, which bounds what is held here: a
 //! process that reads and writes 200 kB images from row groups of 40 MB peaks at 0.3 GB.
 
-use std::sync::Arc;
-
-use arrow_array::RecordBatch;
-use arrow_schema::SchemaRef;
-use object_store::ObjectStoreExt;
+use arrow_array::{BooleanArray, RecordBatch};
+use arrow_schema::{ArrowError, SchemaRef};
+use arrow_select::filter::filter_record_batch;
+use parquet::arrow::add_encoded_arrow_schema_to_metadata;
 use parquet::arrow::arrow_writer::ArrowWriterOptions;
-use parquet::arrow::{ArrowWriter, add_encoded_arrow_schema_to_metadata};
 use parquet::basic::{Compression, ZstdLevel};
-use parquet::errors::ParquetError;
 use parquet::file::metadata::KeyValue;
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::schema::types::ColumnPath;
 
-use crate::output::Layout;
-use crate::partial::{Partial, remove_leftovers};
-use crate::upload::Upload;
-use crate::{Columns, Error, ImageKind, Location, OutputOptions, Result, RowScore};
+use crate::object::NewObject;
+use crate::output::{Layout, OutputRows};
+use crate::{Columns, Error, Footer, ImageKind, Location, OutputOptions, Result, RowScore};
 
 /// Encoded bytes of a row group at most.
 const ROW_GROUP_BYTES_MAX: usize = 32 << 20;
 /// Rows encoded between two looks at the size of a page: the library's 1024 would put 1024 images on one page.
 const PAGE_CHECK_ROWS: usize = 16;
+
 /// An output shard under construction. Dropping it leaves nothing behind.
 pub struct ShardWriter {
-    location: Location,
     layout: Layout,
-    /// Taken while it works on a blocking thread, so absent after it failed.
-    encoder: Option<Box<ArrowWriter<Vec<u8>>>>,
-    upload: Upload,
-    partial: Partial,
-    overwrite: bool,
+    object: NewObject,
+    /// Where rows go that are not kept; none: nowhere.
+    rejected: Option<NewObject>,
+    /// Only kept rows go into the object.
+    kept_only: bool,
     written: Written,
 }
 
-/// What a committed shard holds.
+/// What a shard's output holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Written {
-    /// Rows.
+    /// Rows of the input.
     pub rows: u64,
     /// Bytes of the object.
     pub bytes: u64,
-    /// Rows with a caption that passes the thresholds; without thresholds, rows with a score.
-    pub kept: u64,
+    /// Rows of the object.
+    pub rows_written: u64,
+    /// Rows with a caption that passes the thresholds, where there are any.
+    pub kept: Option<u64>,
+    /// Bytes of the rejected rows' object, where there is one.
+    pub rejected_bytes: Option<u64>,
 }
 
 impl ShardWriter {
@@ -64,32 +64,33 @@ impl ShardWriter {
         options: &OutputOptions,
     ) -> Result<Self> {
         let layout = Layout::new(input, columns, options)?;
-        location.check_store()?;
-        location.check_folder()?;
-        if location.exists().await? && !options.overwrite {
-            return Err(Error::Exists { uri: location.uri().to_owned() });
-        }
-        let properties = properties(&layout, image_path(input, columns));
-        let encoder = ArrowWriter::try_new_with_options(Vec::new(), Arc::clone(layout.encoded()), properties);
-        let encoder = encoder.map_err(|source| Error::Encode { uri: location.uri().to_owned(), source })?;
-        let partial = Partial::new(location);
-        let only_new = !options.overwrite && partial.to_rename().is_none();
-        let upload = Upload::start(partial.location(), only_new).await;
-        let upload = upload.map_err(|source| Error::store(location.uri(), source))?;
-        Ok(Self {
-            location: location.clone(),
-            layout,
-            encoder: Some(Box::new(encoder)),
-            upload,
-            partial,
-            overwrite: options.overwrite,
-            written: Written::default(),
-        })
+        let image = image_path(input, columns);
+        let object =
+            NewObject::create(location, &layout, properties(&layout, image.clone()), options.overwrite).await?;
+        let (kept_only, rejected) = match &options.rows {
+            OutputRows::All => (false, None),
+            OutputRows::Kept { rejected } => (true, rejected.as_ref()),
+        };
+        let rejected = match rejected {
+            Some(location) => {
+                // What an earlier attempt of the same work has left is replaced.
+                let overwrite = options.overwrite || is_same_work(location, &layout).await?;
+                Some(NewObject::create(location, &layout, properties(&layout, image), overwrite).await?)
+            }
+            None => None,
+        };
+        let written = Written { kept: layout.has_thresholds().then_some(0), ..Written::default() };
+        Ok(Self { layout, object, rejected, kept_only, written })
     }
 
     /// The schema of the output.
     pub fn schema(&self) -> &SchemaRef {
         self.layout.schema()
+    }
+
+    /// What was written until now; bytes are known at the end.
+    pub fn written(&self) -> &Written {
+        &self.written
     }
 
     /// Appends the rows of a batch of the input, one score for each. After an error only dropping the writer is left.
@@ -100,75 +101,73 @@ impl ShardWriter {
     /// # Panics
     /// When `scores` are not one for each row, or more than one for a caption that is no list.
     pub async fn write(&mut self, batch: &RecordBatch, scores: &[RowScore]) -> Result<()> {
-        let built = self.layout.build(batch, scores);
-        let (rows, kept) = built.map_err(|source| self.encode_error(source.into()))?;
-        self.encode(move |encoder| encoder.write(&rows)).await?;
+        let (rows, rejected) = self.rows(batch, scores)?;
         self.written.rows += batch.num_rows() as u64;
-        self.written.kept += kept;
+        self.written.rows_written += rows.num_rows() as u64;
+        self.object.write(rows).await?;
+        if let (Some(object), Some(rows)) = (&mut self.rejected, rejected) {
+            object.write(rows).await?;
+        }
         Ok(())
     }
 
-    /// Completes the object and makes it visible under its name, on disk if it is a local file. Then removes what killed
-    /// runs left of the same output, so of two runs on one output at a time the slower one fails here.
+    /// The rows that are written, and those that are rejected if anybody wants them.
+    fn rows(&mut self, batch: &RecordBatch, scores: &[RowScore]) -> Result<(RecordBatch, Option<RecordBatch>)> {
+        let failed =
+            |source: ArrowError| Error::Encode { uri: self.object.location().to_string(), source: source.into() };
+        let (rows, keep) = self.layout.build(batch, scores).map_err(failed)?;
+        self.written.kept = self.written.kept.map(|kept| kept + keep.true_count() as u64);
+        let rejected = match &self.rejected {
+            Some(_) => Some(filter_record_batch(&rows, &inverse(&keep)).map_err(failed)?),
+            None => None,
+        };
+        let rows = if self.kept_only { filter_record_batch(&rows, &keep).map_err(failed)? } else { rows };
+        Ok((rows, rejected))
+    }
+
+    /// Completes the object, with `notes` in its metadata beside those of its options, and makes it visible under its name, on
+    /// disk if it is a local file; rejected rows before. Then removes what killed runs left of the same output, so of two runs
+    /// on one output at a time the slower one fails here.
     ///
     /// # Errors
-    /// When the rest cannot be encoded or stored. Nothing is then visible.
-    pub async fn commit(mut self) -> Result<Written> {
-        self.encode(|encoder| encoder.finish().map(drop)).await?;
-        self.written.bytes = self.encoder.as_ref().map_or(0, |encoder| encoder.bytes_written() as u64);
-        let Self { location, upload, partial, overwrite, written, .. } = self;
-        upload.finish().await.map_err(|source| commit_error(&location, &partial, source))?;
-        publish(&location, &partial, overwrite).await?;
-        drop(partial);
-        remove_leftovers(&location).await;
+    /// When the rest cannot be encoded or stored. Nothing is then visible under the output's name.
+    pub async fn commit(self, notes: &[(String, String)]) -> Result<Written> {
+        let Self { layout, object, rejected, mut written, .. } = self;
+        if let Some(rejected) = rejected {
+            let location = rejected.location().clone();
+            let bytes = match rejected.commit(Vec::new()).await {
+                Err(error @ (Error::Exists { .. } | Error::Superseded { .. })) => {
+                    // Another run of the same job was faster, and its rows are the same.
+                    if !is_same_work(&location, &layout).await? {
+                        return Err(error);
+                    }
+                    location.head().await?.size
+                }
+                bytes => bytes?,
+            };
+            written.rejected_bytes = Some(bytes);
+        }
+        let entry = |(key, value): &(String, String)| KeyValue { key: key.clone(), value: Some(value.clone()) };
+        written.bytes = object.commit(notes.iter().map(entry).collect()).await?;
         Ok(written)
     }
-
-    /// Encodes on a blocking thread, then hands finished row groups to the store.
-    async fn encode(
-        &mut self,
-        work: impl FnOnce(&mut ArrowWriter<Vec<u8>>) -> Result<(), ParquetError> + Send + 'static,
-    ) -> Result<()> {
-        let mut encoder = self.encoder.take().expect("a writer that failed is not used again");
-        let done = tokio::task::spawn_blocking(move || {
-            work(&mut encoder)?;
-            let bytes = std::mem::take(encoder.inner_mut());
-            Ok((encoder, bytes))
-        });
-        let done = done.await.map_err(|source| Error::EncodePanic { uri: self.location.uri().to_owned(), source })?;
-        let (encoder, bytes) = done.map_err(|source| self.encode_error(source))?;
-        self.encoder = Some(encoder);
-        self.upload.write(bytes.into()).await.map_err(|source| Error::store(self.location.uri(), source))
-    }
-
-    fn encode_error(&self, source: ParquetError) -> Error {
-        Error::Encode { uri: self.location.uri().to_owned(), source }
-    }
 }
 
-/// Renames a finished local file to its name.
-async fn publish(location: &Location, partial: &Partial, overwrite: bool) -> Result<()> {
-    let Some(hidden) = partial.to_rename() else { return Ok(()) };
-    let store = location.store();
-    let renamed = if overwrite {
-        store.rename(&hidden.path(), &location.path()).await
-    } else {
-        match store.rename_if_not_exists(&hidden.path(), &location.path()).await {
-            // Some file systems have no hard links, which an atomic "only if absent" is made of.
-            Err(object_store::Error::Generic { .. }) if !location.exists().await? => {
-                store.rename(&hidden.path(), &location.path()).await
-            }
-            other => other,
-        }
-    };
-    renamed.map_err(|source| commit_error(location, partial, source))
+fn inverse(keep: &BooleanArray) -> BooleanArray {
+    BooleanArray::from(!keep.values())
 }
 
-/// A hidden file that is gone was removed by the run that committed the same output first.
-fn commit_error(location: &Location, partial: &Partial, source: object_store::Error) -> Error {
-    match Error::store(location.uri(), source) {
-        Error::NotFound { uri, .. } if partial.to_rename().is_some() => Error::Superseded { uri },
-        other => other,
+/// Whether what is there was written by the same work, told by what its metadata says of that.
+async fn is_same_work(location: &Location, layout: &Layout) -> Result<bool> {
+    match Footer::read(location).await {
+        Ok(footer) => Ok(layout
+            .options()
+            .metadata
+            .iter()
+            .all(|(key, value)| footer.schema().metadata().get(key).is_some_and(|found| found == value))),
+        Err(Error::NotFound { .. }) => Ok(false),
+        Err(error) if error.is_no_shard() => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

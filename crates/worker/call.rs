@@ -268,12 +268,12 @@ impl Call {
         self.resumed(&start)?;
         let e_tag = info.e_tag.clone();
         let outcome = match opened {
-            Opened::Complete(outcome, _) => outcome,
+            Opened::Complete(counts, _) => Outcome::Complete(counts),
             Opened::New(shard) => shard.score(&job, engine, access, &self.progress).await?,
         };
         let (rows, errors, skipped) = match outcome {
-            Outcome::Complete { rows, failed } => (rows, failed_rows(failed), true),
-            Outcome::Done(stats) => (stats.rows, stats.errors, false),
+            Outcome::Complete(counts) => (counts.rows, counts.errors, true),
+            Outcome::Done(stats) => (stats.counts.rows, stats.counts.errors, false),
         };
         let (output, token) = (Some(output.clone()), start.done_token(rows));
         let done = ShardDone { shard: number, output, skipped, rows, errors, e_tag, token };
@@ -330,11 +330,6 @@ fn shard_span(uri: &str) -> Span {
         engine_seconds = field::Empty,
         write_seconds = field::Empty,
     )
-}
-
-/// What of an earlier run is known without reading its rows.
-fn failed_rows(failed: u64) -> BTreeMap<String, u64> {
-    if failed == 0 { BTreeMap::new() } else { BTreeMap::from([("earlier".to_owned(), failed)]) }
 }
 
 /// A shard, or the call's own pairs, on the way through the pipeline.

@@ -15,12 +15,13 @@ use capsieve_store::{
     Access, ListLimits, Listing, Location, below, is_below, is_flat, is_pattern, is_remote, parts_below, pattern_prefix,
 };
 use futures::{StreamExt, stream};
+use sha2::{Digest, Sha256};
 
 use crate::limits::{SHARDS_IN_FLIGHT, SHARDS_LOOKED_AT};
 use crate::prepare::chain;
 use crate::score::{Outlook, outlook, score_shard};
 use crate::shared::LazyEngine;
-use crate::{Error, LoadedModel, Outcome, Progress, Result, ScoreJob, StoreError};
+use crate::{Counts, Error, LoadedModel, Outcome, Progress, Result, ScoreJob, StoreError};
 
 /// A dataset lists as many shards as there are; only what is no dataset has more.
 const LIMITS: ListLimits = ListLimits { shards: 10_000_000, name_bytes: 4 << 30, entries: 100_000_000 };
@@ -34,6 +35,8 @@ pub struct DatasetJob {
     pub inputs: Vec<String>,
     /// A prefix, under which shards keep their names, or the output of a single shard.
     pub output: String,
+    /// The same for rows that are not kept, where only kept ones go into the outputs.
+    pub rejected: Option<String>,
     /// How each shard is scored; its input and output are filled in.
     pub shard: ScoreJob,
     /// This worker's share; none: everything.
@@ -72,7 +75,7 @@ pub struct DatasetReport {
     pub errors: BTreeMap<String, u64>,
     /// Captions scored in this run.
     pub pairs: u64,
-    /// Rows kept in this run, where there are thresholds.
+    /// Rows that are kept, where there are thresholds.
     pub kept: Option<u64>,
     /// Bytes written in this run.
     pub bytes: u64,
@@ -89,6 +92,8 @@ pub struct Prospect {
     pub input: String,
     /// Where its output goes.
     pub output: String,
+    /// Where its rejected rows go.
+    pub rejected: Option<String>,
     /// What is there, or why nothing can come of it.
     pub outlook: Result<Outlook>,
 }
@@ -97,15 +102,24 @@ pub struct Prospect {
 struct Planned {
     input: Location,
     output: String,
+    rejected: Option<String>,
+}
+
+/// Where outputs go.
+struct Root {
+    /// A prefix that ends in '/', or one output's own URI.
+    uri: String,
+    /// Whether it is a prefix.
+    many: bool,
+    /// Its folder, where outputs are files below a prefix.
+    folder: Option<PathBuf>,
 }
 
 /// What a run does, in order.
 struct Plan {
     shards: Vec<Planned>,
-    /// Where an output could be.
-    any: Location,
-    /// The folder of the outputs, where they are files below a prefix.
-    folder: Option<PathBuf>,
+    output: Root,
+    rejected: Option<Root>,
     /// The inputs name one shard, not a prefix that may hold one.
     single: bool,
 }
@@ -117,35 +131,41 @@ struct Plan {
 pub async fn score_dataset(model: &LoadedModel, job: &DatasetJob, progress: &Progress) -> Result<DatasetReport> {
     let start = Instant::now();
     let plan = plan(job).await?;
-    capsieve_store::check_writable(&plan.any).await?;
+    for root in plan.roots() {
+        capsieve_store::check_writable(&root.any()?).await?;
+    }
     let engine = LazyEngine::new(model, &job.shard, Some(job.memory_bytes))?;
     let mut report = DatasetReport { shards: plan.shards.len() as u64, ..DatasetReport::default() };
     let total = u32::try_from(report.shards).unwrap_or(u32::MAX);
     progress.show_shards(0, if plan.single { 0 } else { total });
+    let Plan { shards, output, rejected, single } = plan;
+    let roots: Vec<Root> = std::iter::once(output).chain(rejected).collect();
     let score = |shard: Planned| {
-        let (engine, folder) = (&engine, plan.folder.as_deref());
+        let (engine, roots) = (&engine, &roots);
         async move {
-            let job = ScoreJob { input: shard.input.to_string(), output: shard.output, ..job.shard.clone() };
+            let job = shard.job(&job.shard);
             let scored = async {
-                if let Some(folder) = folder {
-                    Location::parse(&job.output)?.make_folders(folder).await?;
+                for (root, output) in roots.iter().zip(std::iter::once(&job.output).chain(&job.rejected)) {
+                    if let Some(folder) = &root.folder {
+                        Location::parse(output)?.make_folders(folder).await?;
+                    }
                 }
                 score_shard(engine, &job, progress).await
             };
             (job.input.clone(), scored.await)
         }
     };
-    let mut running = stream::iter(plan.shards).map(score).buffer_unordered(SHARDS_IN_FLIGHT);
+    let mut running = stream::iter(shards).map(score).buffer_unordered(SHARDS_IN_FLIGHT);
     while let Some((input, outcome)) = running.next().await {
         let outcome = match outcome {
-            Err(error) if plan.single || ends_all(&error) => return Err(error),
+            Err(error) if single || ends_all(&error) => return Err(error),
             other => other,
         };
-        if matches!(outcome, Ok(Outcome::Complete { .. })) {
+        if matches!(outcome, Ok(Outcome::Complete(_))) {
             progress.skip_shard();
         }
-        report.add(input, outcome, plan.single);
-        if !plan.single {
+        report.add(input, outcome, single);
+        if !single {
             progress.show_shards(u32::try_from(report.done()).unwrap_or(u32::MAX), total);
         }
     }
@@ -163,9 +183,9 @@ pub async fn look_at_dataset(model: &LoadedModel, job: &DatasetJob) -> Result<Ve
     let look = |shard: Planned| {
         let engine = &engine;
         async move {
-            let job = ScoreJob { input: shard.input.to_string(), output: shard.output, ..job.shard.clone() };
+            let job = shard.job(&job.shard);
             let outlook = outlook(engine, &job).await;
-            Prospect { input: job.input, output: job.output, outlook }
+            Prospect { input: job.input, output: job.output, rejected: job.rejected, outlook }
         }
     };
     Ok(stream::iter(plan.shards).map(look).buffered(SHARDS_LOOKED_AT).collect().await)
@@ -178,23 +198,18 @@ impl DatasetReport {
 
     fn add(&mut self, input: String, outcome: Result<Outcome>, single: bool) {
         match &outcome {
-            Ok(Outcome::Complete { rows, failed }) => {
-                tracing::debug!(shard = input, rows, failed, "complete already");
+            Ok(Outcome::Complete(counts)) => {
+                tracing::debug!(shard = input, counts.rows, counts.failed, "complete already");
                 self.complete += 1;
-                self.rows += rows;
-                self.failed += failed;
-                self.count("earlier", *failed);
+                self.count(counts);
             }
             Ok(Outcome::Done(stats)) => {
-                let (rows, failed, seconds) = (stats.rows, stats.failed, stats.seconds.get("total"));
-                tracing::debug!(shard = input, output = stats.output, rows, failed, seconds, "scored");
+                let (counts, seconds) = (&stats.counts, stats.seconds.get("total"));
+                tracing::debug!(shard = input, output = stats.output, counts.rows, counts.failed, seconds, "scored");
                 self.scored_shards += 1;
-                self.rows += rows;
-                self.failed += failed;
-                stats.errors.iter().for_each(|(reason, rows)| self.count(reason, *rows));
-                self.pairs += stats.pairs;
-                self.bytes += stats.bytes;
-                self.kept = stats.kept.map(|kept| self.kept.unwrap_or_default() + kept).or(self.kept);
+                self.count(counts);
+                self.pairs += counts.pairs;
+                self.bytes += stats.bytes + stats.rejected.as_ref().map_or(0, |rejected| rejected.bytes);
             }
             Err(error) => {
                 tracing::error!(shard = input, "no output: {}", chain(error));
@@ -208,10 +223,11 @@ impl DatasetReport {
         }
     }
 
-    fn count(&mut self, reason: &str, rows: u64) {
-        if rows > 0 {
-            *self.errors.entry(reason.to_owned()).or_default() += rows;
-        }
+    fn count(&mut self, counts: &Counts) {
+        self.rows += counts.rows;
+        self.failed += counts.failed;
+        counts.errors.iter().for_each(|(reason, rows)| *self.errors.entry(reason.clone()).or_default() += rows);
+        self.kept = counts.kept.map(|kept| self.kept.unwrap_or_default() + kept).or(self.kept);
     }
 }
 
@@ -221,10 +237,55 @@ fn ends_all(error: &Error) -> bool {
     engine || matches!(error, Error::Store(StoreError::StorageFull { .. } | StoreError::NoFolder { .. }))
 }
 
+impl Planned {
+    /// Its own job, of the dataset's options.
+    fn job(self, options: &ScoreJob) -> ScoreJob {
+        let Self { input, output, rejected } = self;
+        ScoreJob { input: input.to_string(), output, rejected, ..options.clone() }
+    }
+}
+
+impl Root {
+    /// Of the outputs of one input that is a shard, or of many.
+    fn new(uri: &str, single: bool) -> Result<Self> {
+        let many = uri.ends_with('/') || (!single && Path::new(uri).is_dir());
+        if !single && !many {
+            return Err(Error::OutputPrefix { output: uri.to_owned() });
+        }
+        let uri = if many && !uri.ends_with('/') { format!("{uri}/") } else { uri.to_owned() };
+        let folder = if many && !is_remote(&uri) { Some(Access::everything().folder(&uri)?) } else { None };
+        let root = Self { uri, many, folder };
+        root.any()?.check_store()?;
+        Ok(root)
+    }
+
+    /// Where an output could be.
+    fn any(&self) -> Result<Location> {
+        let any = if self.many { below(&self.uri, "shard.parquet") } else { self.uri.clone() };
+        Ok(Location::parse(&any)?)
+    }
+
+    /// The output of a shard, which keeps the folders that it has below its prefix.
+    fn of(&self, prefix: &str, shard: &Location) -> String {
+        if !self.many {
+            return self.uri.clone();
+        }
+        let parts = parts_below(prefix, shard);
+        let (name, folders) = parts.split_last().expect("a name has a last part");
+        let folder = folders.iter().fold(self.uri.clone(), |within, part| format!("{}/", below(&within, part)));
+        below(&folder, name)
+    }
+}
+
+impl Plan {
+    fn roots(&self) -> impl Iterator<Item = &Root> {
+        std::iter::once(&self.output).chain(&self.rejected)
+    }
+}
+
 /// Lists the shards, takes this worker's share, and says where the outputs go.
 async fn plan(job: &DatasetJob) -> Result<Plan> {
-    let access = Access::everything();
-    let mut listing = Listing::new(access.clone(), LIMITS);
+    let mut listing = Listing::new(Access::everything(), LIMITS);
     // Each input's prefix, and the number of shards with it.
     let mut prefixes: Vec<(String, usize)> = Vec::new();
     let mut single = job.inputs.len() == 1;
@@ -245,43 +306,42 @@ async fn plan(job: &DatasetJob) -> Result<Plan> {
         };
         // What a pattern names beside the outputs, it does not name below them.
         let flat = pattern && is_flat(input);
-        if many && is_below(&job.output, &prefix) && (!flat || is_below(&prefix, &job.output)) {
-            // The next reader of the inputs would take the outputs for some of them.
-            return Err(Error::SinkInside { sink: job.output.clone(), input: prefix });
+        let inside = |output: &&String| is_below(output, &prefix) && (!flat || is_below(&prefix, output));
+        // The next reader of the inputs would take the outputs for some of them.
+        if let Some(sink) = std::iter::once(&job.output).chain(&job.rejected).find(inside).filter(|_| many) {
+            return Err(Error::SinkInside { sink: sink.clone(), input: prefix });
         }
         prefixes.push((prefix, listing.len()));
     }
-    let below_prefix = job.output.ends_with('/') || (!single && Path::new(&job.output).is_dir());
-    if !single && !below_prefix {
-        return Err(Error::OutputPrefix { output: job.output.clone() });
-    }
-    let root = if job.output.ends_with('/') { job.output.clone() } else { format!("{}/", job.output) };
-    let any = Location::parse(&if below_prefix { below(&root, "shard.parquet") } else { job.output.clone() })?;
-    any.check_store()?;
+    let output = Root::new(&job.output, single)?;
+    let rejected = job.rejected.as_ref().map(|rejected| Root::new(rejected, single)).transpose()?;
     let (inputs, mut shards) = (listing.into_shards(), Vec::new());
     let (mut named, mut prefix) = (HashSet::new(), 0);
-    let known: HashSet<String> = inputs.iter().map(Location::to_string).collect();
+    let known: HashSet<Name> = inputs.iter().map(|input| name(input.uri())).collect();
     for (number, input) in inputs.into_iter().enumerate() {
         while number >= prefixes[prefix].1 {
             prefix += 1;
         }
-        let output = if below_prefix { output_below(&root, &prefixes[prefix].0, &input) } else { job.output.clone() };
-        let replaces = known.contains(&output) && !single;
-        if replaces || !named.insert(output.clone()) {
-            return Err(Error::SameOutput { input: input.to_string(), output });
+        let output = output.of(&prefixes[prefix].0, &input);
+        let rejected = rejected.as_ref().map(|root| root.of(&prefixes[prefix].0, &input));
+        for output in std::iter::once(&output).chain(&rejected) {
+            let replaces = known.contains(&name(output)) && !single;
+            if replaces || !named.insert(name(output)) {
+                return Err(Error::SameOutput { input: input.to_string(), output: output.clone() });
+            }
         }
         if job.partition.is_none_or(|Partition { index, count }| number % count == index) {
-            shards.push(Planned { input, output });
+            shards.push(Planned { input, output, rejected });
         }
     }
-    let folder = if below_prefix && !is_remote(&root) { Some(access.folder(&root)?) } else { None };
-    Ok(Plan { shards, any, folder, single })
+    Ok(Plan { shards, output, rejected, single })
 }
 
-/// A shard keeps the folders that it has below its prefix.
-fn output_below(root: &str, prefix: &str, shard: &Location) -> String {
-    let parts = parts_below(prefix, shard);
-    let (name, folders) = parts.split_last().expect("a name has a last part");
-    let folder = folders.iter().fold(root.to_owned(), |within, part| format!("{}/", below(&within, part)));
-    below(&folder, name)
+/// A name among others: a million of them would take as much memory as their letters.
+type Name = [u8; 16];
+
+fn name(uri: &str) -> Name {
+    let mut name = Name::default();
+    name.copy_from_slice(&Sha256::digest(uri)[..16]);
+    name
 }

@@ -11,7 +11,7 @@ use capsieve_store::{ColumnOptions, Footer, Location, ShardReader};
 use futures::{StreamExt, pin_mut};
 
 use crate::{
-    CaptionPolicy, DeviceChoice, EngineChoice, Error, LoadedModel, Outcome, Progress, Result, ScoreJob, Stats,
+    CaptionPolicy, DeviceChoice, EngineChoice, Error, LoadedModel, Outcome, Progress, Result, ScoreJob, Select, Stats,
     Thresholds, precision_recall, roc_auc, score,
 };
 
@@ -92,6 +92,9 @@ pub async fn demo(folder: &Path, threads: usize, progress: &Progress) -> Result<
         itm_token: ItmToken::Cls,
         thresholds: Thresholds { min_itm: Some(0.5), min_cosine: None },
         policy: CaptionPolicy::default(),
+        rejected: None,
+        kept_only: false,
+        select: Select::All,
         drop_images: false,
         fail_on_row: true,
         overwrite: true,

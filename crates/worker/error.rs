@@ -60,13 +60,21 @@ pub enum Error {
         /// The object.
         uri: String,
     },
+    /// Rejected rows would go where something else is.
+    #[error("the rejected rows' {uri} is the input or the output: choose another name for them")]
+    SameRejected {
+        /// The object.
+        uri: String,
+    },
     /// The output is there and is not what this job would write.
     #[error(
-        "{uri} exists and was made from another input, model or options: choose another output, or pass --overwrite"
+        "{uri} exists and was made from another input, model or options ({difference}): choose another output, or pass --overwrite"
     )]
     Foreign {
         /// The output.
         uri: String,
+        /// What differs, there and here.
+        difference: String,
     },
     /// A resume token that none of our workers gave for this call.
     #[error("a resume token cannot be used: {reason}")]

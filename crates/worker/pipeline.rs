@@ -31,6 +31,7 @@ use crate::prepare::{Fault, Preparer, ReadyRow, chain};
 use crate::queue::Share;
 use crate::rows::Rows;
 use crate::scores::Scores;
+use crate::stats::Counts;
 use crate::{Error, Result};
 use capsieve_store::blocking;
 
@@ -146,13 +147,14 @@ pub(crate) async fn run<R: Rows>(stages: Stages<R>) -> Result<Totals> {
     let (read, prepare) = (read?, prepared?);
     scored?;
     let (output, mut totals) = written?;
+    let (engine, pairs) = share.spent();
+    totals = Totals { read, prepare, engine, pairs, ..totals };
     if let Output::Shard(writer) = output {
         let start = Instant::now();
-        totals.written = writer.commit().await?;
+        let counts = Counts::new(&totals, writer.written());
+        totals.written = writer.commit(&counts.notes()).await?;
         totals.write += start.elapsed().as_secs_f64();
     }
-    let (engine, pairs) = share.spent();
-    let totals = Totals { read, prepare, engine, pairs, ..totals };
     record(&totals);
     Ok(totals)
 }

@@ -12,7 +12,7 @@ use crate::engine::{Pool, engine_options};
 use crate::plan::Names;
 use crate::prepare::Preparer;
 use crate::shared::SharedEngine;
-use crate::{CaptionPolicy, EngineChoice, LoadedModel, Result, ScoreJob, Thresholds};
+use crate::{CaptionPolicy, EngineChoice, LoadedModel, Result, ScoreJob, Select, Thresholds};
 
 /// What a worker is started with.
 #[derive(Clone, Debug)]
@@ -152,6 +152,9 @@ impl Worker {
             itm_token: self.options.itm_token,
             thresholds: Thresholds::default(),
             policy: self.options.policy,
+            rejected: None,
+            kept_only: false,
+            select: Select::All,
             drop_images: false,
             fail_on_row: false,
             overwrite: false,

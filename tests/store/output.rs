@@ -111,7 +111,7 @@ fn every_input_column_survives() {
                 failed("null_image")
             }));
         let written = written.unwrap();
-        assert_eq!((written.rows, written.kept), (ROWS as u64, 0), "{names:?}");
+        assert_eq!((written.rows, written.kept), (ROWS as u64, None), "{names:?}");
         assert_eq!(written.bytes, output.metadata().unwrap().len());
         let (before, after) = (read(&input), read(&output));
         let carried = carried(&after, names.len());
@@ -152,7 +152,7 @@ fn scores_of_single_captions() {
     // 0.5 passes at itm 0.5, and 0.2 at cosine 0.2: the bounds are kept.
     let keep: Vec<bool> = file.column(5).as_boolean().values().iter().collect();
     assert_eq!(keep, (0..ROWS).map(|row| row == 5 || row == 6).collect::<Vec<_>>());
-    assert_eq!(written.kept, 2);
+    assert_eq!(written.kept, Some(2));
     assert_eq!(file.column(6).as_string::<i32>().value(1), "decode_failed");
     assert_eq!(file.column(7).as_string::<i32>().value(1), "decode_failed for a reason");
     assert_eq!(file.column(7).null_count(), ROWS - 1);
@@ -173,7 +173,7 @@ fn scores_of_lists() {
         _ => failed("null_caption"),
     };
     let options = OutputOptions { min_itm: Some(0.4), ..options() };
-    assert_eq!(wait(rescore(&from, &to, &options, score)).unwrap().kept, 2);
+    assert_eq!(wait(rescore(&from, &to, &options, score)).unwrap().kept, Some(2));
     let file = read(to.as_file().unwrap());
     let list = file.column_by_name("itm_score").unwrap().as_list::<i32>();
     assert_eq!(list.value(0).as_primitive::<Float32Type>().values(), &[0.1, 0.4]);
@@ -299,7 +299,7 @@ fn of_two_runs_on_one_output_one_wins_and_the_other_says_so() {
             let slow = ShardWriter::create(&to, reader.schema(), reader.columns(), &options).await.unwrap();
             let fast = rescore(&from, &to, &options, |_| scored(0.5, 0.5)).await.unwrap();
             assert_eq!(fast.rows, ROWS as u64);
-            let error = slow.commit().await.unwrap_err();
+            let error = slow.commit(&[]).await.unwrap_err();
             assert!(matches!(error, Error::Superseded { .. } | Error::Exists { .. }), "{error:?}");
         });
         assert_eq!(read(to.as_file().unwrap()).num_rows(), ROWS);
@@ -343,7 +343,7 @@ fn a_bucket_shows_the_object_only_when_it_is_complete() {
         let scores: Vec<RowScore> = (0..batch.num_rows()).map(|_| scored(0.5, 0.5)).collect();
         writer.write(&batch, &scores).await.unwrap();
         assert!(!to.exists().await.unwrap());
-        writer.commit().await.unwrap();
+        writer.commit(&[]).await.unwrap();
         let reader = ShardReader::open(&to, &ColumnOptions::default()).await.unwrap();
         assert_eq!(reader.rows(), batch.num_rows() as u64);
         let mut batches = reader.into_batches(100);

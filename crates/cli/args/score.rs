@@ -1,6 +1,6 @@
 //! The options of `capsieve score`.
 
-use capsieve_worker::Partition;
+use capsieve_worker::{Partition, Select};
 use clap::builder::FalseyValueParser;
 use clap::{ArgAction, Args as Group, ValueEnum};
 
@@ -25,6 +25,15 @@ pub(crate) struct ScoreArgs {
     pub(crate) heads: Vec<Head>,
     #[command(flatten)]
     pub(crate) output_rows: OutputArgs,
+    /// Writes only the rows that pass the thresholds
+    #[arg(long, env = "CAPSIEVE_KEPT_ONLY", value_parser = FalseyValueParser::new(), action = ArgAction::SetTrue)]
+    pub(crate) kept_only: bool,
+    /// Writes the rows that do not pass there, as --output says for the others; implies --kept-only
+    #[arg(long, env = "CAPSIEVE_REJECTED", value_name = "URI")]
+    pub(crate) rejected: Option<String>,
+    /// Which captions of its list a kept row is written with: all, those that pass the thresholds, or the best one of them
+    #[arg(long, env = "CAPSIEVE_SELECT", value_name = "CAPTIONS", default_value = "all")]
+    pub(crate) select: Selection,
     /// First token of the matching head: cls as transformers, enc as the published weights were trained
     #[arg(long, env = "CAPSIEVE_ITM_TOKEN", value_name = "TOKEN", default_value = "cls")]
     pub(crate) itm_token: Token,
@@ -57,6 +66,23 @@ pub(crate) struct ScoreArgs {
 pub(crate) enum OnShardError {
     Fail,
     Skip,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Selection {
+    All,
+    Matching,
+    Best,
+}
+
+impl From<Selection> for Select {
+    fn from(selection: Selection) -> Self {
+        match selection {
+            Selection::All => Self::All,
+            Selection::Matching => Self::Matching,
+            Selection::Best => Self::Best,
+        }
+    }
 }
 
 /// A worker's share.

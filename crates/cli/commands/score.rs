@@ -5,14 +5,14 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 use capsieve_worker::{
-    CaptionPolicy, DatasetJob, DatasetReport, LoadedModel, Outcome, Outlook, Progress, Prospect, ScoreJob, Stats,
-    Thresholds, look_at_dataset, score_dataset,
+    CaptionPolicy, Counts, DatasetJob, DatasetReport, LoadedModel, Outcome, Outlook, Progress, Prospect, Rejected,
+    ScoreJob, Stats, Thresholds, look_at_dataset, score_dataset,
 };
 use clap::CommandFactory;
 use clap::error::ErrorKind;
 
 use super::{ROWS_WITHOUT_SCORE, columns};
-use crate::args::{Args, OnError, OnShardError, ScoreArgs, heads};
+use crate::args::{Args, OnError, OnShardError, ScoreArgs, Selection, heads};
 use crate::progress::shown;
 use crate::text;
 
@@ -30,7 +30,7 @@ pub(super) async fn run(args: ScoreArgs) -> anyhow::Result<ExitCode> {
     let progress = Progress::default();
     let report = shown(&progress, score_dataset(&model, &job, &progress)).await?;
     match &report.single {
-        Some(Outcome::Complete { rows, failed }) => {
+        Some(Outcome::Complete(Counts { rows, failed, .. })) => {
             let (rows, output) = (text::count(*rows, "row"), &job.output);
             text::print(&format!("{output} is already complete: {rows}, {failed} without a score, nothing to do\n"))?;
         }
@@ -56,12 +56,25 @@ fn check_usage(args: &ScoreArgs) {
             Args::command().error(ErrorKind::ArgumentConflict, message).exit();
         }
     }
+    let thresholds = args.output_rows.min_itm.is_some() || args.output_rows.min_cosine.is_some();
+    let filters = [
+        ("--kept-only", args.kept_only),
+        ("--rejected", args.rejected.is_some()),
+        ("--select matching", args.select == Selection::Matching),
+    ];
+    if let Some((filter, _)) = filters.into_iter().find(|(_, set)| *set && !thresholds) {
+        let message = format!("{filter} needs to know which rows are kept: add --min-itm or --min-cosine");
+        Args::command().error(ErrorKind::MissingRequiredArgument, message).exit();
+    }
 }
 
 fn job(args: ScoreArgs) -> DatasetJob {
     let shard = ScoreJob {
         input: String::new(),
         output: String::new(),
+        rejected: None,
+        kept_only: args.kept_only || args.rejected.is_some(),
+        select: args.select.into(),
         columns: columns(args.columns),
         heads: heads(&args.heads),
         itm_token: args.itm_token.into(),
@@ -75,6 +88,7 @@ fn job(args: ScoreArgs) -> DatasetJob {
     DatasetJob {
         inputs: args.input,
         output: args.output,
+        rejected: args.rejected,
         shard,
         partition: args.partition.map(|share| share.0),
         memory_bytes: args.memory_limit,
@@ -83,17 +97,18 @@ fn job(args: ScoreArgs) -> DatasetJob {
 
 fn summary(stats: &Stats) -> String {
     let total = stats.seconds.get("total").copied().unwrap_or_default();
-    let without = reasons(&stats.errors);
+    let Counts { rows, scored, failed, errors, pairs, kept, .. } = &stats.counts;
+    let without = reasons(errors);
     let mut lines = vec![
-        ("rows", format!("{}: {} scored, {} without a score{without}", stats.rows, stats.scored, stats.failed)),
-        (
-            "pairs",
-            format!("{} in {total:.1} s: {:.1} pairs/s", stats.pairs, stats.pairs_per_second.unwrap_or_default()),
-        ),
+        ("rows", format!("{rows}: {scored} scored, {failed} without a score{without}")),
+        ("pairs", format!("{pairs} in {total:.1} s: {:.1} pairs/s", stats.pairs_per_second.unwrap_or_default())),
         ("device", format!("{}, {}", stats.device, stats.precision)),
     ];
-    lines.extend(stats.kept.map(|kept| ("kept", format!("{kept} of {}", text::count(stats.rows, "row")))));
+    lines.extend(kept.map(|kept| ("kept", format!("{kept} of {}", text::count(*rows, "row")))));
     lines.push(("output", format!("{} ({})", stats.output, text::bytes(stats.bytes))));
+    let rejected =
+        |to: &Rejected| format!("{} ({}, {})", to.output, text::count(to.rows, "row"), text::bytes(to.bytes));
+    lines.extend(stats.rejected.as_ref().map(|to| ("rejected", rejected(to))));
     text::pairs(&lines)
 }
 
@@ -113,7 +128,7 @@ fn report_of(report: &DatasetReport, output: &str) -> String {
         ("rows", format!("{rows}: {} scored, {failed} without a score{without}", rows - failed)),
         ("pairs", format!("{pairs} in {seconds:.1} s: {rate:.1} pairs/s")),
     ];
-    lines.extend(report.kept.map(|kept| ("kept", format!("{kept} of the rows of this run"))));
+    lines.extend(report.kept.map(|kept| ("kept", format!("{kept} of {}", text::count(*rows, "row")))));
     lines.push(("output", format!("{output} ({} written)", text::bytes(report.bytes))));
     lines.extend(report.failures.iter().map(|(shard, _)| ("failed", shard.clone())));
     let unnamed = failed_shards.saturating_sub(report.failures.len() as u64);
@@ -125,9 +140,10 @@ fn report_of(report: &DatasetReport, output: &str) -> String {
 fn prospects(prospects: &[Prospect]) -> String {
     let (mut text, mut complete, mut failed) = (String::new(), 0_u64, 0_u64);
     let (mut new, mut rows_all, mut bytes_all) = (0_u64, 0, 0);
-    for Prospect { input, output, outlook } in prospects {
+    for Prospect { input, output, rejected, outlook } in prospects {
+        let output = rejected.as_ref().map_or(output.clone(), |rejected| format!("{output}, rejected rows {rejected}"));
         let what = match outlook {
-            Ok(Outlook::Complete { rows, failed }) => {
+            Ok(Outlook::Complete(Counts { rows, failed, .. })) => {
                 complete += 1;
                 format!("complete, {}, {failed} without a score", text::count(*rows, "row"))
             }

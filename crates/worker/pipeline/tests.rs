@@ -12,7 +12,7 @@ use capsieve_engine::{
     Batch, Checkpoint, Device, Heads, Info, ItmToken, Options, PairScore, Precision, Scorer, SyntheticSize,
 };
 use capsieve_prep::{ImageSpec, Tokenizer};
-use capsieve_store::{ColumnOptions, OutputHeads, OutputOptions, ShardReader};
+use capsieve_store::{ColumnOptions, OutputHeads, OutputOptions, OutputRows, Select, ShardReader};
 use futures::stream;
 use tempfile::TempDir;
 
@@ -70,17 +70,23 @@ fn scorer(images_max: usize, behaviour: Behaviour) -> Box<dyn Scorer> {
     Box::new(Counting { info, next: 0, behaviour })
 }
 
-/// A BMP of one pixel.
+/// A BMP of one pixel, of another colour each time: equal images are one to the engine.
 fn image() -> Vec<u8> {
+    static COLOURS: AtomicU64 = AtomicU64::new(0);
+    coloured(COLOURS.fetch_add(1, Ordering::Relaxed))
+}
+
+fn coloured(colour: u64) -> Vec<u8> {
     let mut bytes = b"BM\x3a\0\0\0\0\0\0\0\x36\0\0\0\x28\0\0\0\x01\0\0\0\x01\0\0\0\x01\0\x18\0".to_vec();
     bytes.resize(54, 0);
-    bytes.extend([10, 20, 30, 0]);
+    bytes.extend(&colour.to_le_bytes()[..3]);
+    bytes.push(0);
     bytes
 }
 
 /// Five rows; `number` makes the type of a column that is only carried along.
-fn rows(image: Option<&[u8]>, number: ArrayRef) -> RecordBatch {
-    let images: BinaryArray = [image; ROWS].into_iter().collect();
+fn rows(image: fn() -> Option<Vec<u8>>, number: ArrayRef) -> RecordBatch {
+    let images: BinaryArray = (0..ROWS).map(|_| image()).collect();
     let captions = StringArray::from(vec!["a dog"; ROWS]);
     let columns: [(&str, ArrayRef, bool); 3] =
         [("image", Arc::new(images), true), ("caption", Arc::new(captions), true), ("number", number, true)];
@@ -88,7 +94,7 @@ fn rows(image: Option<&[u8]>, number: ArrayRef) -> RecordBatch {
 }
 
 fn good() -> RecordBatch {
-    rows(Some(&image()), Arc::new(Int32Array::from(vec![7; ROWS])))
+    rows(|| Some(image()), Arc::new(Int32Array::from(vec![7; ROWS])))
 }
 
 type Read = capsieve_store::Result<RecordBatch>;
@@ -153,6 +159,8 @@ fn options() -> OutputOptions {
     OutputOptions {
         heads: OutputHeads { itm: true, cosine: false },
         drop_images: false,
+        select: Select::All,
+        rows: OutputRows::All,
         min_itm: None,
         min_cosine: None,
         metadata: Vec::new(),
@@ -212,7 +220,7 @@ fn a_failing_writer_ends_the_job_and_the_stages_before_it() {
     let read = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&read);
     // The schema changes: the writer cannot encode these rows.
-    let odd = || Ok(rows(Some(&image()), Arc::new(StringArray::from(vec!["seven"; ROWS]))));
+    let odd = || Ok(rows(|| Some(image()), Arc::new(StringArray::from(vec!["seven"; ROWS]))));
     let endless = std::iter::once(odd()).chain((0..100_000).map(|_| Ok(good()))).inspect(move |_| {
         count.fetch_add(1, Ordering::Relaxed);
     });
@@ -239,7 +247,7 @@ fn a_failing_commit_leaves_what_was_there() {
 
 #[test]
 fn the_first_bad_row_ends_a_strict_job() {
-    let read = chunks(2).chain([Ok(rows(None, Arc::new(Int32Array::from(vec![7; ROWS]))))]).chain(chunks(50));
+    let read = chunks(2).chain([Ok(rows(|| None, Arc::new(Int32Array::from(vec![7; ROWS]))))]).chain(chunks(50));
     let job = Job { fail_on_row: true, ..Job::new(read, scorer(3, Behaviour::Score)) };
     let error = job.run_to_error();
     assert!(matches!(error, Error::Row { row: 10, status: "null_image", .. }), "{error}");
@@ -273,7 +281,7 @@ fn a_slow_engine_holds_the_reader_back() {
 fn rows_without_a_score_do_not_pile_up_behind_a_waiting_one() {
     let read = Arc::new(AtomicU64::new(0));
     let (count, seen) = (Arc::clone(&read), Arc::clone(&read));
-    let bad = (0..2000).map(|_| Ok(rows(None, Arc::new(Int32Array::from(vec![7; ROWS])))));
+    let bad = (0..2000).map(|_| Ok(rows(|| None, Arc::new(Int32Array::from(vec![7; ROWS])))));
     let batches = chunks(1).chain(bad).inspect(move |_| {
         count.fetch_add(1, Ordering::Relaxed);
     });
@@ -307,7 +315,7 @@ fn several_engines_share_the_batches_and_rows_stay_in_order() {
     let batch = |i: usize| {
         let captions: Vec<String> = (0..ROWS).map(|row| format!("dog number {}", i * ROWS + row)).collect();
         let columns: [(&str, ArrayRef); 3] = [
-            ("image", Arc::new(BinaryArray::from(vec![Some(image().as_slice()); ROWS]))),
+            ("image", Arc::new((0..ROWS).map(|row| Some(coloured((i * ROWS + row) as u64))).collect::<BinaryArray>())),
             ("caption", Arc::new(StringArray::from(captions))),
             ("number", Arc::new(Int32Array::from(vec![7; ROWS]))),
         ];

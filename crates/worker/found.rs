@@ -1,0 +1,166 @@
+//! What is there of a job before anything is done: its input, and perhaps its output, whole.
+//!
+//! An output's statistics are its manifest: written last, they say what the output was made from and how large it is, so a shard
+//! that is done costs a look at its input, its statistics and its output's size. Where a killed run wrote none, the output's own
+//! metadata says the same.
+
+use capsieve_store::{Access, Footer, FoundStats, Location, ObjectInfo, ShardReader, blocking};
+
+use crate::identity::Identity;
+use crate::stats::{Counts, Stats};
+use crate::{Error, Precision, Result, ScoreJob, StoreError};
+
+/// A model's hash, and the precision of what computes.
+pub(crate) type Engine<'a> = (&'a str, Precision);
+
+/// The objects of a job.
+pub(crate) struct Places {
+    pub(crate) input: Location,
+    pub(crate) output: Location,
+    /// Where rows go that are not kept.
+    pub(crate) rejected: Option<Location>,
+}
+
+/// See the module.
+pub(crate) struct Found {
+    pub(crate) places: Places,
+    /// The input as it is now.
+    pub(crate) info: ObjectInfo,
+    pub(crate) identity: Identity,
+    pub(crate) there: There,
+}
+
+/// What is there of the output.
+pub(crate) enum There {
+    /// None, or one that is to be replaced.
+    Nothing,
+    /// A part: its rejected rows are gone, and it is made again.
+    Part,
+    /// All of it; its statistics where a killed run wrote none.
+    Complete(Counts, Option<Box<Stats>>),
+}
+
+impl Found {
+    /// Looks at the input, and whether the work is done.
+    pub(crate) async fn look(job: &ScoreJob, engine: Engine<'_>, access: &Access) -> Result<Self> {
+        let places = Places::open(job, access).await?;
+        let info = places.input.head().await?;
+        let identity = Identity::new(job, engine, &places.input, &info);
+        let there = if job.overwrite { There::Nothing } else { places.there(job, engine, &identity).await? };
+        Ok(Self { places, info, identity, there })
+    }
+
+    /// The input in the version that was found.
+    pub(crate) async fn reader(&self, job: &ScoreJob) -> Result<ShardReader> {
+        Ok(ShardReader::open_at(&self.places.input, &self.info, &job.columns).await?)
+    }
+}
+
+impl Places {
+    async fn open(job: &ScoreJob, access: &Access) -> Result<Self> {
+        let (access, input, output, rejected) =
+            (access.clone(), job.input.clone(), job.output.clone(), job.rejected.clone());
+        // Names are resolved link by link, with calls of the system that block.
+        blocking(move || {
+            let (input, output) = (access.open(&input)?, access.open(&output)?);
+            let rejected = rejected.map(|rejected| access.open(&rejected)).transpose()?;
+            if input.same_object(&output) {
+                return Err(Error::SameObject { uri: output.to_string() });
+            }
+            if let Some(rejected) =
+                rejected.iter().find(|rejected| [&input, &output].iter().any(|o| o.same_object(rejected)))
+            {
+                return Err(Error::SameRejected { uri: rejected.to_string() });
+            }
+            Ok(Self { input, output, rejected })
+        })
+        .await
+    }
+
+    /// What is there of the output.
+    pub(crate) async fn there(&self, job: &ScoreJob, engine: Engine<'_>, identity: &Identity) -> Result<There> {
+        let stats = capsieve_store::read_stats(&self.output).await?;
+        if let FoundStats::Ours(json) = &stats
+            && let Ok(stats) = serde_json::from_slice::<Stats>(json)
+            && stats.fingerprint == identity.fingerprint
+            && self.is_whole(&stats).await?
+        {
+            return complete(job, stats.counts, None);
+        }
+        let Some(footer) = footer_of(&self.output).await? else {
+            return match stats {
+                FoundStats::Foreign(uri) => Err(StoreError::Exists { uri }.into()),
+                FoundStats::Absent | FoundStats::Ours(_) => Ok(There::Nothing),
+            };
+        };
+        let made = identity.made(&footer).then(|| Counts::of(&footer)).flatten();
+        let Some(counts) = made else {
+            return Err(Error::Foreign { uri: self.output.to_string(), difference: identity.difference(&footer) });
+        };
+        let mut rejected_bytes = None;
+        if let Some(rejected) = &self.rejected {
+            match footer_of(rejected).await? {
+                Some(footer) if identity.made(&footer) => rejected_bytes = Some(footer.object_info().size),
+                Some(footer) => {
+                    let difference = identity.difference(&footer);
+                    return Err(Error::Foreign { uri: rejected.to_string(), difference });
+                }
+                None => return Ok(There::Part),
+            }
+        }
+        let sizes = (counts.clone(), footer.object_info().size, rejected_bytes);
+        complete(job, counts, Some(Stats::new(job, engine, &identity.fingerprint, sizes)))
+    }
+
+    /// Tidies up after a run that was killed between an output and its statistics.
+    pub(crate) async fn restore(&self, stats: Option<Box<Stats>>) -> Result<()> {
+        if let Some(stats) = stats {
+            capsieve_store::remove_leftovers(&self.output).await;
+            capsieve_store::write_stats(&self.output, &*stats).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether everything is there that the statistics speak of.
+    async fn is_whole(&self, stats: &Stats) -> Result<bool> {
+        if !is_there(&self.output, stats.bytes).await? {
+            return Ok(false);
+        }
+        match (&self.rejected, &stats.rejected) {
+            (None, _) => Ok(true),
+            (Some(rejected), Some(written)) if rejected.uri() == written.output => {
+                is_there(rejected, written.bytes).await
+            }
+            (Some(_), _) => Ok(false),
+        }
+    }
+}
+
+fn complete(job: &ScoreJob, counts: Counts, stats: Option<Stats>) -> Result<There> {
+    if job.fail_on_row && counts.failed > 0 {
+        return Err(Error::RowsFailed { uri: job.output.clone(), failed: counts.failed });
+    }
+    Ok(There::Complete(counts, stats.map(Box::new)))
+}
+
+async fn is_there(location: &Location, bytes: u64) -> Result<bool> {
+    match location.head().await {
+        Ok(info) => Ok(info.size == bytes),
+        Err(StoreError::NotFound { .. }) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The footer of what is there, if anything is.
+async fn footer_of(location: &Location) -> Result<Option<Footer>> {
+    match Footer::read(location).await {
+        Ok(footer) => Ok(Some(footer)),
+        Err(StoreError::NotFound { .. }) => Ok(None),
+        // What is no whole Parquet file is no output of ours; a store that does not answer says nothing about it.
+        Err(error) if error.is_no_shard() => {
+            let difference = "it is no Parquet file".to_owned();
+            Err(Error::Foreign { uri: location.to_string(), difference })
+        }
+        Err(error) => Err(error.into()),
+    }
+}
