@@ -325,8 +325,8 @@ async fn plan(job: &DatasetJob) -> Result<Plan> {
         let output = output.of(&prefixes[prefix].0, &input);
         let rejected = rejected.as_ref().map(|root| root.of(&prefixes[prefix].0, &input));
         for output in std::iter::once(&output).chain(&rejected) {
-            let replaces = known.contains(&name(output)) && !single;
-            if replaces || !named.insert(name(output)) {
+            let replaces = known.contains(&name(output)) || !named.insert(name(output));
+            if replaces && !single {
                 return Err(Error::SameOutput { input: input.to_string(), output: output.clone() });
             }
         }
