@@ -76,16 +76,18 @@ fn rows(count: usize) -> Vec<(Option<Vec<u8>>, Option<&'static str>)> {
 }
 
 fn assert_close(found: &RecordBatch, expected: &RecordBatch, context: &str) {
-    for name in ["itm_score", "cosine_score"] {
-        let (found, expected) = (floats(found, name), floats(expected, name));
-        assert_eq!(found.len(), expected.len(), "{context}: {name}");
-        for (row, pair) in found.iter().zip(&expected).enumerate() {
-            let close = match pair {
-                (Some(found), Some(expected)) => (found - expected).abs() <= BATCHING_TOLERANCE,
-                (found, expected) => found == expected,
-            };
-            assert!(close, "{context}: {name} of row {row}: {pair:?}");
-        }
+    ["itm_score", "cosine_score"].iter().for_each(|name| assert_column_close(found, expected, name, context));
+}
+
+fn assert_column_close(found: &RecordBatch, expected: &RecordBatch, name: &str, context: &str) {
+    let (found, expected) = (floats(found, name), floats(expected, name));
+    assert_eq!(found.len(), expected.len(), "{context}: {name}");
+    for (row, pair) in found.iter().zip(&expected).enumerate() {
+        let close = match pair {
+            (Some(found), Some(expected)) => (found - expected).abs() <= BATCHING_TOLERANCE,
+            (found, expected) => found == expected,
+        };
+        assert!(close, "{context}: {name} of row {row}: {pair:?}");
     }
 }
 
@@ -102,6 +104,37 @@ fn batches_chunks_and_row_groups_do_not_show() {
         assert_close(&found, &expected, &format!("batches of {batch_size}, row groups of {group_rows}"));
         assert_eq!(texts(&found, "key"), texts(&batch, "key"), "input order");
         assert_eq!((stats.counts.rows, stats.counts.scored, stats.counts.failed, stats.counts.pairs), (75, 75, 0, 75));
+    }
+}
+
+#[test]
+fn what_comes_again_has_the_scores_it_has_alone() {
+    // Nine images and five captions, so that pairs come again, too; an image that cannot be decoded among them.
+    let image = |row: usize| match row * row % 11 {
+        4 => b"no image".to_vec(),
+        image => picture(image as u64),
+    };
+    let rows = |alone: bool| -> Vec<_> {
+        // What stands behind an image is none of a decoder's business, but it makes another image of it.
+        let behind = |row: usize| if alone { (row as u32).to_le_bytes().to_vec() } else { vec![] };
+        (0..100).map(|row| (Some([image(row), behind(row)].concat()), Some(CAPTIONS[row % CAPTIONS.len()]))).collect()
+    };
+    let mut alone = Job::new(&shard(&rows(true)), 1000);
+    alone.job.engine.batch_size = 1;
+    let (expected, stats) = alone.run();
+    assert!(stats.counts.failed > 5 && stats.counts.scored > 50);
+    for (batch_size, heads) in [(2, [true, true]), (32, [true, true]), (100, [true, false]), (7, [false, true])] {
+        let mut job = Job::new(&shard(&rows(false)), 33);
+        job.job.engine.batch_size = batch_size;
+        job.job.heads = Heads { itm: heads[0], cosine: heads[1] };
+        let (found, again) = job.run();
+        assert_eq!(again.counts.errors, stats.counts.errors);
+        assert_eq!(again.counts.pairs, stats.counts.pairs, "a pair that comes again is one all the same");
+        for (name, on) in [("itm_score", heads[0]), ("cosine_score", heads[1])] {
+            if on {
+                assert_column_close(&found, &expected, name, &format!("batches of {batch_size}"));
+            }
+        }
     }
 }
 

@@ -7,6 +7,7 @@ mod hub;
 mod listing;
 mod location;
 mod output;
+mod selection;
 mod views;
 
 use std::fs::File;

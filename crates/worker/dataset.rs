@@ -7,24 +7,20 @@
 //! A shard's output is there whole or not at all, and says what it was made from: the same command, killed or not, does what is
 //! left. A shard that fails costs the others nothing. What would fail on every shard (the engine, a full disk) ends the run.
 
-use std::collections::{BTreeMap, HashSet};
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
 use std::time::Instant;
 
-use capsieve_store::{
-    Access, ListLimits, Listing, Location, below, is_below, is_flat, is_pattern, is_remote, parts_below, pattern_prefix,
-};
+use futures::future::join_all;
 use futures::{StreamExt, stream};
-use sha2::{Digest, Sha256};
+use tokio::sync::mpsc::{Sender, channel};
 
 use crate::limits::{SHARDS_IN_FLIGHT, SHARDS_LOOKED_AT};
 use crate::prepare::chain;
-use crate::score::{Outlook, outlook, score_shard};
+use crate::score::{Outlook, complete, outlook, score_shard};
+use crate::shards::{Partition, Plan, Planned, Root, plan};
 use crate::shared::LazyEngine;
 use crate::{Counts, Error, LoadedModel, Outcome, Progress, Result, ScoreJob, StoreError};
 
-/// A dataset lists as many shards as there are; only what is no dataset has more.
-const LIMITS: ListLimits = ListLimits { shards: 10_000_000, name_bytes: 4 << 30, entries: 100_000_000 };
 /// Shards that failed and are named at the end.
 const FAILURES_NAMED: usize = 100;
 
@@ -43,15 +39,6 @@ pub struct DatasetJob {
     pub partition: Option<Partition>,
     /// Bytes that shards hold together beside the model.
     pub memory_bytes: u64,
-}
-
-/// Worker `index`, from 0, of `count`: every `count`-th shard is its.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Partition {
-    /// From 0.
-    pub index: usize,
-    /// Of so many.
-    pub count: usize,
 }
 
 /// What became of a run.
@@ -81,6 +68,8 @@ pub struct DatasetReport {
     pub bytes: u64,
     /// Of this run.
     pub seconds: f64,
+    /// What ended the run before all shards had their turn: it would have ended every one.
+    pub ended: Option<Error>,
     /// What became of the shard, where the inputs named just one.
     pub single: Option<Outcome>,
 }
@@ -98,32 +87,6 @@ pub struct Prospect {
     pub outlook: Result<Outlook>,
 }
 
-/// A shard, and where its output goes.
-struct Planned {
-    input: Location,
-    output: String,
-    rejected: Option<String>,
-}
-
-/// Where outputs go.
-struct Root {
-    /// A prefix that ends in '/', or one output's own URI.
-    uri: String,
-    /// Whether it is a prefix.
-    many: bool,
-    /// Its folder, where outputs are files below a prefix.
-    folder: Option<PathBuf>,
-}
-
-/// What a run does, in order.
-struct Plan {
-    shards: Vec<Planned>,
-    output: Root,
-    rejected: Option<Root>,
-    /// The inputs name one shard, not a prefix that may hold one.
-    single: bool,
-}
-
 /// Scores a dataset.
 ///
 /// # Errors
@@ -137,47 +100,91 @@ pub async fn score_dataset(model: &LoadedModel, job: &DatasetJob, progress: &Pro
     let engine = LazyEngine::new(model, &job.shard, Some(job.memory_bytes))?;
     let mut report = DatasetReport { shards: plan.shards.len() as u64, ..DatasetReport::default() };
     let total = u32::try_from(report.shards).unwrap_or(u32::MAX);
-    progress.show_shards(0, if plan.single { 0 } else { total });
     let Plan { shards, output, rejected, single } = plan;
+    progress.show_shards(0, if single { 0 } else { total });
     let roots: Vec<Root> = std::iter::once(output).chain(rejected).collect();
-    let score = |shard: Planned| {
+    let (looked, to_score) = channel(1);
+    let jobs = shards.into_iter().map(|shard| shard.job(&job.shard));
+    let looking = look_ahead(&engine, jobs, if single { 0 } else { SHARDS_LOOKED_AT }, looked);
+    let score = |(job, complete): (ScoreJob, Option<Counts>)| {
         let (engine, roots) = (&engine, &roots);
         async move {
-            let job = shard.job(&job.shard);
             let scored = async {
+                if let Some(counts) = complete {
+                    return Ok(Outcome::Complete(counts));
+                }
                 for (root, output) in roots.iter().zip(std::iter::once(&job.output).chain(&job.rejected)) {
-                    if let Some(folder) = &root.folder {
-                        Location::parse(output)?.make_folders(folder).await?;
-                    }
+                    root.make_folders(output).await?;
                 }
                 score_shard(engine, &job, progress).await
             };
             (job.input.clone(), scored.await)
         }
     };
-    let mut running = stream::iter(shards).map(score).buffer_unordered(SHARDS_IN_FLIGHT);
-    while let Some((input, outcome)) = running.next().await {
-        let outcome = match outcome {
-            Err(error) if single || ends_all(&error) => return Err(error),
-            other => other,
-        };
-        if matches!(outcome, Ok(Outcome::Complete(_))) {
-            progress.skip_shard();
+    let to_score = stream::unfold(to_score, |mut jobs| async { Some((jobs.recv().await?, jobs)) });
+    let mut running = Box::pin(to_score.map(score).buffer_unordered(SHARDS_IN_FLIGHT));
+    let scoring = async {
+        while let Some((input, outcome)) = running.next().await {
+            let outcome = match outcome {
+                Err(error) if single => return Err(error),
+                Err(error) if ends_all(&error) => {
+                    report.ended = Some(error);
+                    break;
+                }
+                other => other,
+            };
+            if matches!(outcome, Ok(Outcome::Complete(_))) {
+                progress.skip_shard();
+            }
+            report.add(input, outcome, single);
+            if !single {
+                progress.show_shards(u32::try_from(report.done()).unwrap_or(u32::MAX), total);
+            }
         }
-        report.add(input, outcome, single);
-        if !single {
-            progress.show_shards(u32::try_from(report.done()).unwrap_or(u32::MAX), total);
-        }
-    }
+        // Nobody takes what is looked at any more.
+        drop(running);
+        Ok(())
+    };
+    let ((), scored) = tokio::join!(looking, scoring);
+    scored?;
     report.seconds = start.elapsed().as_secs_f64();
     Ok(report)
 }
 
-/// Looks what [`score_dataset`] would do, and does nothing. In the order of the shards.
+/// Sends every job on, in order, with its counts where it is done: `at_once` of them are looked at together, for most of a run
+/// that is begun again is done already, and a look is some requests. What cannot be said here is said when the job is done.
+async fn look_ahead(
+    engine: &LazyEngine<'_>,
+    mut jobs: impl Iterator<Item = ScoreJob>,
+    at_once: usize,
+    out: Sender<(ScoreJob, Option<Counts>)>,
+) {
+    loop {
+        // All answers are here before the first is sent on: a request that nobody waits for would run out of time.
+        let group: Vec<ScoreJob> = jobs.by_ref().take(at_once.max(1)).collect();
+        let looks =
+            group.iter().map(|job| async move { if at_once == 0 { None } else { complete(engine, job).await } });
+        let found = join_all(looks).await;
+        if group.is_empty() {
+            return;
+        }
+        for looked in group.into_iter().zip(found) {
+            if out.send(looked).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// Looks what [`score_dataset`] would do, and does nothing: calls `show` in the order of the shards.
 ///
 /// # Errors
-/// As [`score_dataset`].
-pub async fn look_at_dataset(model: &LoadedModel, job: &DatasetJob) -> Result<Vec<Prospect>> {
+/// As [`score_dataset`], and those of `show`.
+pub async fn look_at_dataset<E: From<Error>>(
+    model: &LoadedModel,
+    job: &DatasetJob,
+    mut show: impl FnMut(Prospect) -> Result<(), E>,
+) -> Result<(), E> {
     let plan = plan(job).await?;
     let engine = LazyEngine::new(model, &job.shard, None)?;
     let look = |shard: Planned| {
@@ -188,7 +195,11 @@ pub async fn look_at_dataset(model: &LoadedModel, job: &DatasetJob) -> Result<Ve
             Prospect { input: job.input, output: job.output, rejected: job.rejected, outlook }
         }
     };
-    Ok(stream::iter(plan.shards).map(look).buffered(SHARDS_LOOKED_AT).collect().await)
+    let mut prospects = stream::iter(plan.shards).map(look).buffered(SHARDS_LOOKED_AT);
+    while let Some(prospect) = prospects.next().await {
+        show(prospect)?;
+    }
+    Ok(())
 }
 
 impl DatasetReport {
@@ -235,113 +246,4 @@ impl DatasetReport {
 fn ends_all(error: &Error) -> bool {
     let engine = matches!(error, Error::Scoring(_) | Error::Engine(_) | Error::EngineGone | Error::Threads { .. });
     engine || matches!(error, Error::Store(StoreError::StorageFull { .. } | StoreError::NoFolder { .. }))
-}
-
-impl Planned {
-    /// Its own job, of the dataset's options.
-    fn job(self, options: &ScoreJob) -> ScoreJob {
-        let Self { input, output, rejected } = self;
-        ScoreJob { input: input.to_string(), output, rejected, ..options.clone() }
-    }
-}
-
-impl Root {
-    /// Of the outputs of one input that is a shard, or of many.
-    fn new(uri: &str, single: bool) -> Result<Self> {
-        let many = uri.ends_with('/') || (!single && Path::new(uri).is_dir());
-        if !single && !many {
-            return Err(Error::OutputPrefix { output: uri.to_owned() });
-        }
-        let uri = if many && !uri.ends_with('/') { format!("{uri}/") } else { uri.to_owned() };
-        let folder = if many && !is_remote(&uri) { Some(Access::everything().folder(&uri)?) } else { None };
-        let root = Self { uri, many, folder };
-        root.any()?.check_store()?;
-        Ok(root)
-    }
-
-    /// Where an output could be.
-    fn any(&self) -> Result<Location> {
-        let any = if self.many { below(&self.uri, "shard.parquet") } else { self.uri.clone() };
-        Ok(Location::parse(&any)?)
-    }
-
-    /// The output of a shard, which keeps the folders that it has below its prefix.
-    fn of(&self, prefix: &str, shard: &Location) -> String {
-        if !self.many {
-            return self.uri.clone();
-        }
-        let parts = parts_below(prefix, shard);
-        let (name, folders) = parts.split_last().expect("a name has a last part");
-        let folder = folders.iter().fold(self.uri.clone(), |within, part| format!("{}/", below(&within, part)));
-        below(&folder, name)
-    }
-}
-
-impl Plan {
-    fn roots(&self) -> impl Iterator<Item = &Root> {
-        std::iter::once(&self.output).chain(&self.rejected)
-    }
-}
-
-/// Lists the shards, takes this worker's share, and says where the outputs go.
-async fn plan(job: &DatasetJob) -> Result<Plan> {
-    let mut listing = Listing::new(Access::everything(), LIMITS);
-    // Each input's prefix, and the number of shards with it.
-    let mut prefixes: Vec<(String, usize)> = Vec::new();
-    let mut single = job.inputs.len() == 1;
-    for input in &job.inputs {
-        let (pattern, folder) = (is_pattern(input), Path::new(input).is_dir());
-        let prefix = match input {
-            pattern_input if pattern => pattern_prefix(pattern_input).to_owned(),
-            folder_input if folder && !folder_input.ends_with('/') => format!("{folder_input}/"),
-            other if other.ends_with('/') => other.clone(),
-            shard => shard[..shard.rfind('/').map_or(0, |slash| slash + 1)].to_owned(),
-        };
-        let many = pattern || folder || input.ends_with('/');
-        single &= !many;
-        listing = match (pattern, many) {
-            (true, _) => listing.add_matching(input).await?,
-            (false, true) => listing.add(&prefix).await?,
-            (false, false) => listing.add(input).await?,
-        };
-        // What a pattern names beside the outputs, it does not name below them.
-        let flat = pattern && is_flat(input);
-        let inside = |output: &&String| is_below(output, &prefix) && (!flat || is_below(&prefix, output));
-        // The next reader of the inputs would take the outputs for some of them.
-        if let Some(sink) = std::iter::once(&job.output).chain(&job.rejected).find(inside).filter(|_| many) {
-            return Err(Error::SinkInside { sink: sink.clone(), input: prefix });
-        }
-        prefixes.push((prefix, listing.len()));
-    }
-    let output = Root::new(&job.output, single)?;
-    let rejected = job.rejected.as_ref().map(|rejected| Root::new(rejected, single)).transpose()?;
-    let (inputs, mut shards) = (listing.into_shards(), Vec::new());
-    let (mut named, mut prefix) = (HashSet::new(), 0);
-    let known: HashSet<Name> = inputs.iter().map(|input| name(input.uri())).collect();
-    for (number, input) in inputs.into_iter().enumerate() {
-        while number >= prefixes[prefix].1 {
-            prefix += 1;
-        }
-        let output = output.of(&prefixes[prefix].0, &input);
-        let rejected = rejected.as_ref().map(|root| root.of(&prefixes[prefix].0, &input));
-        for output in std::iter::once(&output).chain(&rejected) {
-            let replaces = known.contains(&name(output)) || !named.insert(name(output));
-            if replaces && !single {
-                return Err(Error::SameOutput { input: input.to_string(), output: output.clone() });
-            }
-        }
-        if job.partition.is_none_or(|Partition { index, count }| number % count == index) {
-            shards.push(Planned { input, output, rejected });
-        }
-    }
-    Ok(Plan { shards, output, rejected, single })
-}
-
-/// A name among others: a million of them would take as much memory as their letters.
-type Name = [u8; 16];
-
-fn name(uri: &str) -> Name {
-    let mut name = Name::default();
-    name.copy_from_slice(&Sha256::digest(uri)[..16]);
-    name
 }

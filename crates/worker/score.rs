@@ -85,6 +85,16 @@ pub(crate) async fn score_shard(engine: &LazyEngine<'_>, job: &ScoreJob, progres
     }
 }
 
+/// What there is to say of a shard that is done; what is not, or cannot be looked at, is for [`score_shard`] to find out.
+pub(crate) async fn complete(engine: &LazyEngine<'_>, job: &ScoreJob) -> Option<Counts> {
+    let found = Found::look(job, (&engine.hash, engine.engines.precision), &Access::everything()).await.ok()?;
+    match found.there {
+        // Without statistics there is something left to do.
+        There::Complete(counts, None) => Some(counts),
+        _ => None,
+    }
+}
+
 /// What would become of a shard.
 #[derive(Clone, Debug)]
 pub enum Outlook {

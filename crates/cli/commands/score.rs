@@ -23,9 +23,10 @@ pub(super) async fn run(args: ScoreArgs) -> anyhow::Result<ExitCode> {
     let (dry_run, on_shard_error) = (args.dry_run, args.on_shard_error);
     let job = job(args);
     if dry_run {
-        let prospects = look_at_dataset(&model, &job).await?;
-        text::print(&self::prospects(&prospects))?;
-        return if prospects.iter().any(|prospect| prospect.outlook.is_err()) { Ok(1.into()) } else { Ok(0.into()) };
+        let mut all = Prospects::default();
+        look_at_dataset(&model, &job, |prospect| text::print(&all.line(&prospect))).await?;
+        text::print(&all.summary())?;
+        return Ok(ExitCode::from(u8::from(all.failed > 0)));
     }
     let progress = Progress::default();
     let report = shown(&progress, score_dataset(&model, &job, &progress)).await?;
@@ -36,6 +37,9 @@ pub(super) async fn run(args: ScoreArgs) -> anyhow::Result<ExitCode> {
         }
         Some(Outcome::Done(stats)) => text::print(&summary(stats))?,
         None => text::print(&report_of(&report, &job.output))?,
+    }
+    if let Some(error) = report.ended {
+        return Err(anyhow::Error::new(error).context("the run ended before all shards had their turn"));
     }
     if report.failed_shards > 0 && on_shard_error == OnShardError::Fail {
         let (failed, all) = (report.failed_shards, text::count(report.shards, "shard"));
@@ -136,35 +140,44 @@ fn report_of(report: &DatasetReport, output: &str) -> String {
     text::pairs(&lines)
 }
 
-/// What a run would do, shard by shard, and in all.
-fn prospects(prospects: &[Prospect]) -> String {
-    let (mut text, mut complete, mut failed) = (String::new(), 0_u64, 0_u64);
-    let (mut new, mut rows_all, mut bytes_all) = (0_u64, 0, 0);
-    for Prospect { input, output, rejected, outlook } in prospects {
-        let output = rejected.as_ref().map_or(output.clone(), |rejected| format!("{output}, rejected rows {rejected}"));
+/// What a run would do, in all.
+#[derive(Default)]
+struct Prospects {
+    complete: u64,
+    failed: u64,
+    new: u64,
+    rows: u64,
+    bytes: u64,
+}
+
+impl Prospects {
+    /// Of one shard, which is counted.
+    fn line(&mut self, Prospect { input, output, rejected, outlook }: &Prospect) -> String {
         let what = match outlook {
             Ok(Outlook::Complete(Counts { rows, failed, .. })) => {
-                complete += 1;
+                self.complete += 1;
                 format!("complete, {}, {failed} without a score", text::count(*rows, "row"))
             }
             Ok(Outlook::New { rows, bytes, image, caption }) => {
-                (new, rows_all, bytes_all) = (new + 1, rows_all + rows, bytes_all + bytes);
+                (self.new, self.rows, self.bytes) = (self.new + 1, self.rows + rows, self.bytes + bytes);
                 let rows = text::count(*rows, "row");
                 format!("{rows}, {}, image {image:?}, caption {caption:?}", text::bytes(*bytes))
             }
             Err(error) => {
-                failed += 1;
-                format!("cannot be scored: {:#}", anyhow::Error::msg(chain(error)))
+                self.failed += 1;
+                format!("cannot be scored: {}", chain(error))
             }
         };
-        text.push_str(&format!("{input} -> {output}: {what}\n"));
+        let rejected = rejected.as_ref().map(|rejected| format!(", rejected rows {rejected}")).unwrap_or_default();
+        format!("{input} -> {output}{rejected}: {what}\n")
     }
-    let (rows, bytes) = (text::count(rows_all, "row"), text::bytes(bytes_all));
-    let all = text::count(prospects.len() as u64, "shard");
-    text.push_str(&format!(
-        "{all}: {new} to score ({rows}, {bytes}), {complete} complete already, {failed} that cannot be\n"
-    ));
-    text
+
+    fn summary(&self) -> String {
+        let Self { complete, failed, new, rows, bytes } = self;
+        let all = text::count(complete + failed + new, "shard");
+        let (rows, bytes) = (text::count(*rows, "row"), text::bytes(*bytes));
+        format!("{all}: {new} to score ({rows}, {bytes}), {complete} complete already, {failed} that cannot be\n")
+    }
 }
 
 /// An error and its causes.
