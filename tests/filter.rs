@@ -11,6 +11,8 @@ use crate::support::{
 };
 
 const ROWS: usize = 60;
+/// One worker, other batches: the same scores.
+const BATCHING_TOLERANCE: f32 = 2e-5;
 /// Every fifteenth image is none, and every twentieth row has the image of another one.
 const BROKEN: usize = 15;
 
@@ -38,7 +40,11 @@ impl Filtered {
             .flatten()
             .collect();
         scores.sort_by(f32::total_cmp);
-        Self { least: scores[scores.len() / 2].to_string(), ..filtered }
+        // In the middle of the widest gap: a score may differ by rounding from run to run.
+        let middle = &scores[scores.len() / 3..2 * scores.len() / 3];
+        let gap = middle.windows(2).max_by(|a, b| (a[1] - a[0]).total_cmp(&(b[1] - b[0]))).unwrap();
+        assert!(gap[1] - gap[0] > 4.0 * BATCHING_TOLERANCE);
+        Self { least: f32::midpoint(gap[0], gap[1]).to_string(), ..filtered }
     }
 
     fn single() -> Self {
@@ -83,6 +89,21 @@ fn rows(batch: &RecordBatch) -> Vec<Row> {
     captions.into_iter().zip(scores).zip(status).map(|((caption, score), status)| (caption, score, status)).collect()
 }
 
+fn assert_same(found: &[Row], expected: &[Row], context: &str) {
+    assert_eq!(found.len(), expected.len(), "{context}");
+    for (found, expected) in found.iter().zip(expected) {
+        assert_eq!((&found.0, &found.2), (&expected.0, &expected.2), "{context}");
+        assert!(is_close(found.1, expected.1), "{context}: {found:?} {expected:?}");
+    }
+}
+
+fn is_close(found: Option<f32>, expected: Option<f32>) -> bool {
+    match (found, expected) {
+        (Some(found), Some(expected)) => (found - expected).abs() < BATCHING_TOLERANCE,
+        (found, expected) => found == expected,
+    }
+}
+
 fn keep(batch: &RecordBatch) -> Vec<bool> {
     batch.column_by_name("keep").unwrap().as_boolean().values().iter().collect()
 }
@@ -100,7 +121,6 @@ fn every_row_is_kept_or_rejected() {
     for (name, stats) in [("a.parquet", "a.stats.json"), ("b/c.parquet", "b/c.stats.json")] {
         let read = |output: &str| filtered.read(&format!("{output}/{name}"));
         let (marked, yes, no) = (read("marked"), read("yes"), read("no"));
-        // The threshold is one of the scores, and enough.
         let least: f32 = filtered.least.parse().unwrap();
         for (row, keep) in rows(&marked).into_iter().zip(keep(&marked)) {
             assert_eq!(row.1.is_some_and(|score| score >= least), keep, "{row:?}");
@@ -109,7 +129,8 @@ fn every_row_is_kept_or_rejected() {
             rows(&marked).into_iter().zip(keep(&marked)).filter(|(_, keep)| *keep == kept).map(|(row, _)| row).collect()
         };
         // Rows with the image of another one are in batches with other rows: the scores are the same ones.
-        assert_eq!((rows(&yes), rows(&no)), (split(true), split(false)), "{name}");
+        assert_same(&rows(&yes), &split(true), name);
+        assert_same(&rows(&no), &split(false), name);
         assert!(yes.num_rows() > 5 && no.num_rows() > 5 && yes.num_rows() + no.num_rows() == ROWS);
         assert!(keep(&yes).iter().all(|keep| *keep) && !keep(&no).iter().any(|keep| *keep));
         assert_eq!((yes.schema().fields(), no.schema().fields()), (marked.schema().fields(), marked.schema().fields()));
@@ -125,12 +146,12 @@ fn every_row_is_kept_or_rejected() {
     // Without another place they are just left out.
     let ran = filtered.score("only/", &[&options[..], &["--kept-only"]].concat());
     assert_eq!(ran.code, Some(3), "{ran:?}");
-    assert_eq!(rows(&filtered.read("only/a.parquet")), rows(&filtered.read("yes/a.parquet")));
+    assert_same(&rows(&filtered.read("only/a.parquet")), &rows(&filtered.read("yes/a.parquet")), "only");
     // A threshold that nothing passes.
     let ran = filtered.score("none/", &["--min-itm", "1", "--rejected", "to:every/"]);
     assert_eq!(ran.code, Some(3), "{ran:?}");
     assert_eq!(filtered.read("none/a.parquet").num_rows(), 0);
-    assert_eq!(rows(&filtered.read("every/a.parquet")), rows(&filtered.read("all/a.parquet")));
+    assert_same(&rows(&filtered.read("every/a.parquet")), &rows(&filtered.read("all/a.parquet")), "every");
 }
 
 #[test]
@@ -156,12 +177,13 @@ fn what_is_missing_of_two_outputs_is_made_again() {
     ] {
         missing.iter().for_each(|file| std::fs::remove_file(filtered.path(files[*file])).unwrap());
         run(expected);
-        assert_eq!(rows(&filtered.read(files[0])), whole.0, "without {missing:?}");
-        assert_eq!(rows(&filtered.read(files[2])), whole.1, "without {missing:?}");
+        assert_same(&rows(&filtered.read(files[0])), &whole.0, &format!("without {missing:?}"));
+        assert_same(&rows(&filtered.read(files[2])), &whole.1, &format!("without {missing:?}"));
         let stats = filtered.stats(files[1]);
-        for field in ["fingerprint", "rows", "failed", "errors", "pairs", "kept", "written", "rejected", "bytes"] {
+        for field in ["fingerprint", "rows", "failed", "errors", "pairs", "kept", "written", "output"] {
             assert_eq!(stats[field], whole.2[field], "{field}, without {missing:?}");
         }
+        assert_eq!(stats["rejected"]["rows"], whole.2["rejected"]["rows"]);
         assert_eq!(names(&filtered.path("yes")), ["a.parquet", "a.stats.json", "b"]);
         assert_eq!(names(&filtered.path("no")), ["a.parquet", "b"]);
     }
@@ -205,8 +227,15 @@ fn a_mismatch_shows_both_sides() {
     assert!(error.contains("input's size ") || error.contains("input's etag "), "{error}");
 }
 
-/// Captions and scores of each row.
-fn lists(batch: &RecordBatch) -> Vec<(Vec<Option<String>>, Vec<Option<f32>>)> {
+/// Captions and scores of a row.
+type ListRow = (Vec<Option<String>>, Vec<Option<f32>>);
+
+fn is_same(found: &ListRow, expected: &ListRow) -> bool {
+    let close = found.1.iter().zip(&expected.1).all(|(found, expected)| is_close(*found, *expected));
+    found.0 == expected.0 && found.1.len() == expected.1.len() && close
+}
+
+fn lists(batch: &RecordBatch) -> Vec<ListRow> {
     let lists = |name: &str| batch.column_by_name(name).unwrap().as_list::<i32>().clone();
     let (captions, scores) = (lists("caption"), lists("itm_score"));
     let row = |row: usize| {
@@ -246,12 +275,12 @@ fn captions_are_selected_by_their_scores() {
             }
             if selected.is_empty() {
                 // Not kept, or without a score: as it was.
-                assert_eq!(found, (captions.clone(), scores.clone()), "row {row}");
+                assert!(is_same(&found, &(captions.clone(), scores.clone())), "row {row}: {found:?}");
                 continue;
             }
             shorter += usize::from(selected.len() < captions.len());
             let expected: (Vec<_>, Vec<_>) = selected.iter().map(|i| (captions[*i].clone(), scores[*i])).unzip();
-            assert_eq!(found, expected, "{select}, row {row}");
+            assert!(is_same(&found, &expected), "{select}, row {row}: {found:?} {expected:?}");
             let highest =
                 (0..expected.1.len()).fold(0, |best, i| if expected.1[i] > expected.1[best] { i } else { best });
             assert_eq!(best.value(row), highest as i32, "{select}, row {row}");
@@ -263,7 +292,10 @@ fn captions_are_selected_by_their_scores() {
     assert_eq!(filtered.score("yes/", &more).code, Some(3));
     let (yes, no) = (lists(&filtered.read("yes/a.parquet")), lists(&filtered.read("no/a.parquet")));
     assert!(yes.iter().all(|(captions, _)| captions.len() == 1) && yes.len() + no.len() == ROWS);
-    assert!(no.iter().all(|row| all.contains(row)) && no.iter().any(|(captions, _)| captions.len() > 1));
+    assert!(
+        no.iter().all(|row| all.iter().any(|all| is_same(row, all)))
+            && no.iter().any(|(captions, _)| captions.len() > 1)
+    );
 }
 
 #[test]
@@ -326,7 +358,8 @@ fn killed_at_any_moment_no_row_is_in_both_places_or_none() {
         if kill % 4 == 3 {
             let ran = capsieve(&arguments);
             assert_eq!(ran.code, Some(3), "{ran:?}");
-            assert_eq!([all("a.parquet"), all("b/c.parquet")], expected, "after {kill} kills");
+            assert_same(&all("a.parquet"), &expected[0], &format!("after {kill} kills"));
+            assert_same(&all("b/c.parquet"), &expected[1], &format!("after {kill} kills"));
             assert_eq!(names(&filtered.path("yes")), ["a.parquet", "a.stats.json", "b"]);
             assert_eq!(names(&filtered.path("no")), ["a.parquet", "b"]);
         } else {

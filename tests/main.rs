@@ -15,6 +15,7 @@ mod ops;
 mod oracle;
 mod pipeline;
 mod prep;
+mod retry;
 mod rpc;
 mod store;
 mod support;

@@ -45,6 +45,7 @@ impl Job {
             drop_images: false,
             fail_on_row: false,
             overwrite: false,
+            retry: Vec::new(),
             engine: EngineChoice { device: DeviceChoice::Cpu, ..EngineChoice::default() },
         };
         Self { folder, job }

@@ -199,6 +199,13 @@ pub enum Error {
         source: tokio::task::JoinError,
     },
 
+    /// An output whose scores are to be carried over, and are none of ours.
+    #[error("the scores of {uri} cannot be carried over: pass --overwrite to score all of its rows")]
+    NoScores {
+        /// The output.
+        uri: String,
+    },
+
     /// img2dataset's side file.
     #[error(
         "{uri} holds img2dataset's metadata without images (its tar and files modes write such a file beside each \

@@ -24,14 +24,14 @@ use arrow_schema::{ArrowError, DataType, Field, FieldRef, Schema, SchemaRef};
 use crate::selection::{self, Select, Selected};
 use crate::{CaptionKind, Columns, Error, Location, Result, features, views};
 
-const ITM_SCORE: &str = "itm_score";
-const COSINE_SCORE: &str = "cosine_score";
+pub(crate) const ITM_SCORE: &str = "itm_score";
+pub(crate) const COSINE_SCORE: &str = "cosine_score";
 const BEST_CAPTION: &str = "best_caption";
 /// Whether a row passes the thresholds.
 const KEEP: &str = "keep";
 /// Of each row: "ok", or why it has no score.
-const SCORE_STATUS: &str = "score_status";
-const SCORE_ERROR: &str = "score_error";
+pub(crate) const SCORE_STATUS: &str = "score_status";
+pub(crate) const SCORE_ERROR: &str = "score_error";
 /// Every column an output of ours can have.
 const OURS: [&str; 6] = [ITM_SCORE, COSINE_SCORE, BEST_CAPTION, KEEP, SCORE_STATUS, SCORE_ERROR];
 /// Begins the keys of our file metadata.

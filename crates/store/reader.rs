@@ -159,6 +159,12 @@ enum State {
 }
 
 impl Batches {
+    /// Columns of a shard, whatever they are.
+    pub(crate) fn of(footer: Footer, roots: Vec<usize>, batch_rows: usize) -> Self {
+        let (location, info, rows_all) = (footer.location.clone(), footer.info.clone(), footer.rows());
+        Self { location, info, roots: Some(roots), batch_rows, state: State::Opened(footer), rows: 0, rows_all }
+    }
+
     /// Gives up all memory: that of the row group that is read, and the footer's. The next rows come as if nothing had
     /// happened, but both are read again.
     pub fn pause(&mut self) {

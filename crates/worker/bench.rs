@@ -253,6 +253,7 @@ async fn pipeline(
         input: Ready(stream::iter(
             chunks.into_iter().map(|(first, rows_of)| Ok(rows.batch(first, rows_of, bench.captions))),
         )),
+        earlier: None,
         images: Images { beside: None, access: Access::everything() },
         preparer: Arc::new(Preparer::new(
             bench.engine.threads,

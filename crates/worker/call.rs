@@ -220,6 +220,7 @@ impl Call {
         let (engine, access) = (self.worker.engine(), self.worker.access().clone());
         let stages = Stages {
             input,
+            earlier: None,
             images: Images { beside: shard.beside.clone(), access },
             columns: shard.columns.clone(),
             preparer: Arc::clone(&engine.preparer),

@@ -98,6 +98,7 @@ pub async fn demo(folder: &Path, threads: usize, progress: &Progress) -> Result<
         drop_images: false,
         fail_on_row: true,
         overwrite: true,
+        retry: Vec::new(),
         engine: EngineChoice { device: DeviceChoice::Cpu, threads, ..EngineChoice::default() },
     };
     let outcome = score(&LoadedModel::bundled()?, &job, progress).await?;

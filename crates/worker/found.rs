@@ -36,6 +36,8 @@ pub(crate) enum There {
     Nothing,
     /// A part: its rejected rows are gone, and it is made again.
     Part,
+    /// All of it, with rows that are to be scored again.
+    Retry,
     /// All of it; its statistics where a killed run wrote none.
     Complete(Counts, Option<Box<Stats>>),
 }
@@ -137,6 +139,9 @@ impl Places {
 }
 
 fn complete(job: &ScoreJob, counts: Counts, stats: Option<Stats>) -> Result<There> {
+    if counts.errors.keys().any(|status| job.retry.iter().any(|retry| retry == status)) {
+        return Ok(There::Retry);
+    }
     if job.fail_on_row && counts.failed > 0 {
         return Err(Error::RowsFailed { uri: job.output.clone(), failed: counts.failed });
     }

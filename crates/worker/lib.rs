@@ -52,7 +52,7 @@ pub use inspect::{CheckpointReport, Inspection, ShardReport, inspect};
 pub use model::{LoadedModel, ModelSource};
 pub use pairs::{Pair, PairImage};
 pub use pipeline::Ticket;
-pub use prepare::CaptionPolicy;
+pub use prepare::{CaptionPolicy, STATUSES};
 pub use progress::Progress;
 pub use ranking::{precision_recall, roc_auc};
 pub use resume::Position;

@@ -16,7 +16,8 @@ use std::time::Instant;
 use arrow_array::{ArrayRef, RecordBatch, StringArray};
 use bytes::Bytes;
 use capsieve_store::{
-    Access, CaptionCell, Columns, ImageCell, InputRow, Location, ObjectInfo, RowScore, ShardWriter, Written, key_texts,
+    Access, CaptionCell, Columns, EarlierScores, ImageCell, InputRow, Location, ObjectInfo, RowScore, ShardWriter,
+    Written, key_texts,
 };
 use futures::{StreamExt, stream};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
@@ -49,6 +50,8 @@ impl Ticket {
 /// Rows as read. `fetched` has an entry for each row: the image of an address.
 pub(crate) struct Chunk {
     pub(crate) batch: RecordBatch,
+    /// Scores of an earlier run, of rows that are not scored again; empty where all are scored.
+    pub(crate) standing: Vec<Option<RowScore>>,
     pub(crate) fetched: Vec<Option<Result<Bytes, Fault>>>,
     pub(crate) held: Held,
     pub(crate) ticket: Ticket,
@@ -56,10 +59,10 @@ pub(crate) struct Chunk {
     pub(crate) _fetching: Held,
 }
 
-/// Rows ready for the engine, or why not.
+/// Rows ready for the engine, or what becomes of them without it.
 pub(crate) struct Prepared {
     pub(crate) batch: RecordBatch,
-    pub(crate) rows: Vec<Result<ReadyRow, Fault>>,
+    pub(crate) rows: Vec<Result<ReadyRow, RowScore>>,
     pub(crate) held: Held,
     pub(crate) ticket: Ticket,
 }
@@ -95,6 +98,8 @@ pub(crate) enum Output {
 pub(crate) struct Stages<R> {
     /// The shard's rows.
     pub(crate) input: R,
+    /// What an earlier run made of them.
+    pub(crate) earlier: Option<EarlierScores>,
     pub(crate) images: Images,
     pub(crate) columns: Columns,
     pub(crate) preparer: Arc<Preparer>,
@@ -129,7 +134,7 @@ pub(crate) struct Totals {
 /// # Errors
 /// The first failure along the path; nothing is then written.
 pub(crate) async fn run<R: Rows>(stages: Stages<R>) -> Result<Totals> {
-    let Stages { input, images, columns, preparer, share, budget, output, first_row, fail_on_row } = stages;
+    let Stages { input, earlier, images, columns, preparer, share, budget, output, first_row, fail_on_row } = stages;
     let chunks_max = chunks_max(share.images_max());
     let tickets = Arc::new(Semaphore::new(chunks_max));
     let (to_prepare, chunks) = channel(CHUNKS_READ);
@@ -137,7 +142,7 @@ pub(crate) async fn run<R: Rows>(stages: Stages<R>) -> Result<Totals> {
     // Room for every chunk there can be: the engine's stage never waits for the one behind it.
     let (to_writer, scored) = channel(chunks_max);
     let memory = (&budget, preparer.pixel_bytes());
-    let reading = read(input, tickets, (&images, &columns), memory, to_prepare);
+    let reading = read((input, earlier), tickets, (&images, &columns), memory, to_prepare);
     // The input's columns go no further than this where nobody writes them.
     let kept: Option<Vec<usize>> = matches!(output, Output::Rows(_)).then(|| columns.key.into_iter().collect());
     let preparing = prepare(&preparer, &columns, kept, chunks, to_engine);
@@ -175,7 +180,7 @@ pub(crate) fn stage(name: &'static str, seconds: f64) {
 
 /// Stage 1: batches of rows, with the images of addresses fetched.
 async fn read(
-    mut input: impl Rows,
+    (mut input, mut earlier): (impl Rows, Option<EarlierScores>),
     tickets: Arc<Semaphore>,
     (images, columns): (&Images, &Columns),
     (budget, pixel_bytes): (&Budget, usize),
@@ -190,7 +195,13 @@ async fn read(
             () = out.closed() => return Ok(seconds),
         };
         let Some(batch) = batch else { return Ok(seconds) };
-        let (addresses, captions) = look(&batch, columns)?;
+        let standing = match &mut earlier {
+            Some(earlier) => earlier.next(batch.num_rows()).await?,
+            None => Vec::new(),
+        };
+        let (mut addresses, captions) = look(&batch, columns)?;
+        // What is not scored again is not fetched.
+        addresses.iter_mut().zip(&standing).filter(|(_, row)| row.is_some()).for_each(|(address, _)| *address = None);
         let found = locate(addresses, images).await;
         let looking = start.elapsed().as_secs_f64();
         // Not the reader's time: memory is short because the engines are busy.
@@ -208,7 +219,7 @@ async fn read(
         let taken = looking + start.elapsed().as_secs_f64();
         stage("read", taken);
         seconds += taken;
-        if out.send(Chunk { batch, fetched, held, ticket, _fetching: fetching }).await.is_err() {
+        if out.send(Chunk { batch, standing, fetched, held, ticket, _fetching: fetching }).await.is_err() {
             return Ok(seconds);
         }
     }

@@ -32,6 +32,19 @@ impl Default for CaptionPolicy {
     }
 }
 
+/// Every status of a row but "ok".
+pub const STATUSES: [&str; 9] = [
+    "null_image",
+    "decode_failed",
+    "image_too_large",
+    "fetch_failed",
+    "null_caption",
+    "caption_too_long",
+    "caption_failed",
+    "too_many_captions",
+    "not_finite",
+];
+
 /// Why a row or a caption has no score.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Fault {
@@ -41,6 +54,7 @@ pub(crate) struct Fault {
 
 impl Fault {
     pub(crate) fn new(status: &'static str, reason: impl Into<String>) -> Self {
+        debug_assert!(STATUSES.contains(&status), "{status}");
         let mut reason = reason.into();
         reason.truncate(reason.floor_char_boundary(REASON_BYTES_MAX));
         Self { status, reason }
@@ -136,8 +150,10 @@ impl Preparer {
     /// Prepares every row of a chunk, on all threads at once where no other job wants them. Gives the seconds it would have
     /// taken alone.
     pub(crate) async fn chunk(&self, turn: &Turn, chunk: Chunk, columns: &Columns) -> Result<(Prepared, f64)> {
-        let Chunk { batch, fetched, held, ticket, _fetching } = chunk;
+        let Chunk { batch, mut standing, fetched, held, ticket, _fetching } = chunk;
         let input = Arc::new((batch, fetched, columns.clone(), Decoded::default()));
+        let count = input.0.num_rows();
+        standing.resize(count, None);
         let task = |index: usize| {
             let (recipe, input) = (Arc::clone(&self.recipe), Arc::clone(&input));
             move || {
@@ -146,8 +162,9 @@ impl Preparer {
                 Ok::<_, Error>(recipe.row(&row, fetched[index].as_ref(), decoded))
             }
         };
-        let (mut rows, mut seconds) = (Vec::with_capacity(input.0.num_rows()), 0.0);
-        for done in self.threads.run(turn, (0..input.0.num_rows()).map(task)) {
+        let (mut rows, mut seconds) = (Vec::with_capacity(count), 0.0);
+        let new: Vec<usize> = (0..count).filter(|row| standing[*row].is_none()).collect();
+        for done in self.threads.run(turn, new.into_iter().map(task)) {
             // What other people's code makes of odd bytes is a bad row, not the end of the job.
             let broken =
                 || (Ok(Err(Fault::new("decode_failed", "the preparation broke down on this row"))), Duration::ZERO);
@@ -155,6 +172,12 @@ impl Preparer {
             rows.push(row?);
             seconds += taken.as_secs_f64();
         }
+        let mut rows = rows.into_iter();
+        let row = |standing: Option<RowScore>| match standing {
+            Some(score) => Err(score),
+            None => rows.next().expect("a row for each that is new").map_err(Fault::into_row),
+        };
+        let rows = standing.into_iter().map(row).collect();
         let prepared = Prepared { batch: input.0.clone(), rows, held, ticket };
         Ok((prepared, seconds / self.threads.count() as f64))
     }
@@ -268,4 +291,35 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
         source = inner.source();
     }
     text.replace(['\n', '\r'], " ")
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+mod tests {
+    use std::sync::Barrier;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn an_image_is_decoded_once_and_others_beside_it() {
+        let (decoded, calls, both) = (Decoded::default(), AtomicUsize::new(0), Barrier::new(2));
+        let get = |content: u8| {
+            let decode = || {
+                calls.fetch_add(1, Ordering::Relaxed);
+                // Two images are being decoded at this moment.
+                both.wait();
+                if content == 0 { Ok(Bytes::from_static(b"pixels")) } else { Err(Fault::new("decode_failed", "bad")) }
+            };
+            decoded.get([content; 32], decode)
+        };
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = [0, 1, 0, 1, 0].map(|content| scope.spawn(move || (content, get(content)))).into();
+            for thread in threads {
+                let (content, pixels) = thread.join().unwrap();
+                assert_eq!(pixels.is_ok(), content == 0, "{pixels:?}");
+            }
+        });
+        assert_eq!(calls.load(Ordering::Relaxed), 2);
+    }
 }

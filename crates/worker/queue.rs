@@ -15,6 +15,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use capsieve_engine::{Batch, Heads, Info, PairScore};
+use capsieve_store::RowScore;
 use tokio::sync::Notify;
 
 use crate::Progress;
@@ -318,14 +319,14 @@ pub(crate) struct Share {
 impl Share {
     /// Queues the rows that can be scored; resolves to one score for each row. Never waits: see [`Self::room`]. `held` is
     /// dropped with the last row's pixels.
-    pub(crate) fn submit(&self, rows: Vec<Result<ReadyRow, Fault>>, held: Held) -> Scores {
+    pub(crate) fn submit(&self, rows: Vec<Result<ReadyRow, RowScore>>, held: Held) -> Scores {
         let (chunk, scores) = Awaited::new(&self.call, rows.len(), held);
         let (mut ready, since) = (VecDeque::with_capacity(rows.len()), Instant::now());
         for (row, prepared) in rows.into_iter().enumerate() {
             let prepared = match prepared {
                 Ok(prepared) => prepared,
-                Err(fault) => {
-                    chunk.finish(row, fault.into_row());
+                Err(score) => {
+                    chunk.finish(row, score);
                     continue;
                 }
             };

@@ -5,13 +5,15 @@ use std::time::Instant;
 
 use capsieve_engine::{Heads, ItmToken};
 use capsieve_store::{
-    Access, ColumnOptions, ObjectInfo, OutputHeads, OutputOptions, OutputRows, Select, ShardReader, ShardWriter,
+    Access, ColumnOptions, EarlierScores, ObjectInfo, OutputHeads, OutputOptions, OutputRows, Select, ShardReader,
+    ShardWriter,
 };
 
 use crate::found::{Engine, Found, Places, There};
 use crate::identity::Identity;
 use crate::limits::{OUTPUT_BYTES, OUTPUT_BYTES_MIN};
 use crate::pipeline::{self, Images, Output, Stages};
+use crate::prepare::STATUSES;
 use crate::rows::ShardRows;
 use crate::shared::{LazyEngine, SharedEngine};
 use crate::stats::{Counts, Stats};
@@ -55,6 +57,8 @@ pub struct ScoreJob {
     pub fail_on_row: bool,
     /// Replaces an output that is there.
     pub overwrite: bool,
+    /// Rows of a complete output with one of these statuses are scored again, and the output is replaced.
+    pub retry: Vec<&'static str>,
     /// What computes and how.
     pub engine: EngineChoice,
 }
@@ -142,6 +146,8 @@ pub(crate) struct OpenShard {
     writer: ShardWriter,
     /// An output is there that is replaced.
     replaces: bool,
+    /// Its scores, where only some of its rows are scored again.
+    earlier: Option<EarlierScores>,
 }
 
 /// Opens input and output, or finds that the work is done.
@@ -153,13 +159,17 @@ pub(crate) async fn open(job: &ScoreJob, engine: Engine<'_>, access: &Access) ->
             return Ok(Opened::Complete(counts, found.info));
         }
         There::Nothing => job.overwrite,
-        There::Part => true,
+        There::Part | There::Retry => true,
+    };
+    let earlier = match found.there {
+        There::Retry => Some(EarlierScores::open(&found.places.output, standing(&job.retry)).await?),
+        _ => None,
     };
     let reader = found.reader(job).await?;
     let Found { places, identity, .. } = found;
     let options = OutputOptions { overwrite: replaces, ..output_options(job, &places, &identity) };
     let writer = ShardWriter::create(&places.output, reader.schema(), reader.columns(), &options).await?;
-    Ok(Opened::New(Box::new(OpenShard { places, identity, reader, writer, replaces })))
+    Ok(Opened::New(Box::new(OpenShard { places, identity, reader, writer, replaces, earlier })))
 }
 
 impl OpenShard {
@@ -176,7 +186,7 @@ impl OpenShard {
         access: &Access,
         progress: &Progress,
     ) -> Result<Outcome> {
-        let Self { places, identity, reader, writer, replaces } = self;
+        let Self { places, identity, reader, writer, replaces, earlier } = self;
         let (rows, columns, info) = (reader.rows(), reader.columns().clone(), reader.object_info().clone());
         let mut input_rows = ShardRows::new(reader, 0, &engine.row_groups)?;
         let bytes = output_bytes(&info, places.rejected.is_some());
@@ -189,6 +199,7 @@ impl OpenShard {
         let start = Instant::now();
         let stages = Stages {
             input: input_rows,
+            earlier,
             images: Images { beside: Some(places.input.clone()), access: access.clone() },
             columns,
             preparer: Arc::clone(&engine.preparer),
@@ -224,6 +235,11 @@ impl OpenShard {
         capsieve_store::write_stats(&places.output, &stats).await?;
         Ok(Outcome::Done(Box::new(stats)))
     }
+}
+
+/// Statuses of rows that are not scored again.
+fn standing(retry: &[&str]) -> Vec<&'static str> {
+    std::iter::once("ok").chain(STATUSES).filter(|status| !retry.contains(status)).collect()
 }
 
 /// What writing the output of this input takes at a time; rows that are rejected have one of their own.

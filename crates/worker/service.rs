@@ -158,6 +158,7 @@ impl Worker {
             drop_images: false,
             fail_on_row: false,
             overwrite: false,
+            retry: Vec::new(),
             engine: self.options.engine.clone(),
         }
     }

@@ -1,7 +1,7 @@
 //! The options of `capsieve score`.
 
-use capsieve_worker::{Partition, Select};
-use clap::builder::FalseyValueParser;
+use capsieve_worker::{Partition, STATUSES, Select};
+use clap::builder::{FalseyValueParser, PossibleValuesParser};
 use clap::{ArgAction, Args as Group, ValueEnum};
 
 use super::worker::memory;
@@ -34,6 +34,10 @@ pub(crate) struct ScoreArgs {
     /// Which captions of its list a kept row is written with: all, those that pass the thresholds, or the best one of them
     #[arg(long, env = "CAPSIEVE_SELECT", value_name = "CAPTIONS", default_value = "all")]
     pub(crate) select: Selection,
+    /// Scores the rows of complete outputs again that have one of these statuses, such as fetch_failed
+    #[arg(long, env = "CAPSIEVE_RETRY_STATUS", value_name = "STATUS", value_delimiter = ',',
+          value_parser = PossibleValuesParser::new(STATUSES))]
+    pub(crate) retry_status: Vec<String>,
     /// First token of the matching head: cls as transformers, enc as the published weights were trained
     #[arg(long, env = "CAPSIEVE_ITM_TOKEN", value_name = "TOKEN", default_value = "cls")]
     pub(crate) itm_token: Token,

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::bail;
 use capsieve_worker::{
     CaptionPolicy, Counts, DatasetJob, DatasetReport, LoadedModel, Outcome, Outlook, Progress, Prospect, Rejected,
-    ScoreJob, Stats, Thresholds, look_at_dataset, score_dataset,
+    STATUSES, ScoreJob, Stats, Thresholds, look_at_dataset, score_dataset,
 };
 use clap::CommandFactory;
 use clap::error::ErrorKind;
@@ -70,6 +70,16 @@ fn check_usage(args: &ScoreArgs) {
         let message = format!("{filter} needs to know which rows are kept: add --min-itm or --min-cosine");
         Args::command().error(ErrorKind::MissingRequiredArgument, message).exit();
     }
+    let others = [
+        ("--kept-only", args.kept_only),
+        ("--rejected", args.rejected.is_some()),
+        ("--select", args.select != Selection::All),
+        ("--overwrite", args.output_rows.overwrite),
+    ];
+    if let Some((other, _)) = others.into_iter().find(|(_, set)| *set && !args.retry_status.is_empty()) {
+        let message = format!("--retry-status takes the other rows from the output: it cannot be used with {other}");
+        Args::command().error(ErrorKind::ArgumentConflict, message).exit();
+    }
 }
 
 fn job(args: ScoreArgs) -> DatasetJob {
@@ -87,6 +97,7 @@ fn job(args: ScoreArgs) -> DatasetJob {
         drop_images: args.output_rows.drop_images,
         fail_on_row: args.output_rows.on_error == OnError::Fail,
         overwrite: args.output_rows.overwrite,
+        retry: STATUSES.into_iter().filter(|status| args.retry_status.iter().any(|retry| retry == status)).collect(),
         engine: args.engine.into(),
     };
     DatasetJob {

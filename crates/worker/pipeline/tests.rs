@@ -131,6 +131,7 @@ impl<I: Iterator<Item = Read> + Send + 'static> Job<I> {
                 let pool = Pool::start(scorers, None, false);
                 run(Stages {
                     input: Ready(stream::iter(read)),
+                    earlier: None,
                     images: Images { beside: Some(output), access: Access::everything() },
                     columns,
                     preparer: Arc::new(preparer),
@@ -354,6 +355,7 @@ fn who_does_not_take_scores_holds_no_memory() {
     let pool = Pool::start(vec![scorer(3, Behaviour::Score)], Some(Duration::ZERO), false);
     let (rows, mut scored) = tokio::sync::mpsc::channel(1);
     let stages = Stages {
+        earlier: None,
         input: Ready(stream::iter(endless)),
         images: Images { beside: None, access: Access::everything() },
         columns: Columns::detect(good().schema_ref(), &ColumnOptions::default(), "rows").unwrap(),

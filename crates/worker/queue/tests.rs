@@ -73,7 +73,7 @@ impl Bench {
     }
 }
 
-fn row(content: Content, captions: Vec<Result<Vec<u32>, Fault>>) -> Result<ReadyRow, Fault> {
+fn row(content: Content, captions: Vec<Result<Vec<u32>, Fault>>) -> Result<ReadyRow, RowScore> {
     Ok(ReadyRow { content, pixels: vec![0; 64 * 64 * 3].into(), captions })
 }
 
@@ -85,7 +85,7 @@ fn another() -> Content {
     content
 }
 
-fn rows(count: usize, captions: usize) -> Vec<Result<ReadyRow, Fault>> {
+fn rows(count: usize, captions: usize) -> Vec<Result<ReadyRow, RowScore>> {
     (0..count).map(|_| row(another(), vec![Ok(vec![101, 102]); captions])).collect()
 }
 
@@ -122,7 +122,7 @@ fn a_small_call_does_not_wait_for_a_large_one() {
 }
 
 /// A row of so many captions of so many tokens each; every third one has no score.
-fn long_row(captions: usize, tokens: usize) -> Vec<Result<ReadyRow, Fault>> {
+fn long_row(captions: usize, tokens: usize) -> Vec<Result<ReadyRow, RowScore>> {
     let caption = |i| if i % 3 == 2 { Err(Fault::new("null_caption", "")) } else { Ok(vec![7; tokens]) };
     vec![row(another(), (0..captions).map(caption).collect())]
 }
