@@ -25,7 +25,7 @@ mod error;
 mod model;
 mod profile;
 
-pub use allocator::give_large_buffers_back;
+pub use allocator::{give_large_buffers_back, share_heaps};
 pub use batch::Batch;
 pub use checkpoint::{Checkpoint, Config, SyntheticSize, TensorInfo, TextConfig, VisionConfig};
 pub use error::Error;

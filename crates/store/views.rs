@@ -52,7 +52,12 @@ pub(crate) fn data_type(plain: &DataType) -> DataType {
 /// Text that is not UTF-8: the library looks only where the file says that a column is text, and takes a note of its
 /// writer for granted.
 pub(crate) fn own(batch: &RecordBatch) -> Result<RecordBatch, ArrowError> {
-    let columns = batch.columns().iter().map(|column| Ok(make_array(owned(column.to_data())?)));
+    // Numbers are their own, and tables of thousands of them are common.
+    let own = |column: &ArrayRef| match column.data_type().is_primitive() {
+        true => Ok(Arc::clone(column)),
+        false => Ok(make_array(owned(column.to_data())?)),
+    };
+    let columns = batch.columns().iter().map(own);
     RecordBatch::try_new(batch.schema(), columns.collect::<Result<Vec<ArrayRef>, ArrowError>>()?)
 }
 

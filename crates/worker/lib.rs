@@ -41,7 +41,7 @@ mod threads;
 
 pub use bench::{BenchOptions, BenchReport, StageReport, bench};
 pub use call::{Call, CallRequest, Event, Events, ScoredRows, ShardDone, Sink, Source};
-pub use capsieve_engine::{Heads, ItmToken, Precision, give_large_buffers_back};
+pub use capsieve_engine::{Heads, ItmToken, Precision, give_large_buffers_back, share_heaps};
 pub use capsieve_store::Error as StoreError;
 pub use capsieve_store::{Access, CaptionScore, ColumnOptions, RowScore, Select, uploads_settled};
 pub use dataset::{DatasetJob, DatasetReport, Prospect, look_at_dataset, score_dataset};

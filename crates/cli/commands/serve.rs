@@ -11,8 +11,11 @@ use capsieve_worker::{Access, CaptionPolicy, LoadedModel, Worker, WorkerOptions}
 use super::terminated;
 use crate::args::{ServeArgs, heads};
 
+/// Buffers of so many bytes are the system's again when they are dropped: a worker lives for days.
+const LARGE_BYTES: usize = 1 << 20;
+
 pub(super) async fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
-    capsieve_worker::give_large_buffers_back();
+    capsieve_worker::give_large_buffers_back(LARGE_BYTES);
     let access = Access::only(&args.allow_uri)?;
     let tokens = args.token_file.as_deref().map(|path| Tokens::open(path).with_context(|| path.display().to_string()));
     let tls = args.tls_cert.clone().zip(args.tls_key.clone());
