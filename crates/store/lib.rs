@@ -30,6 +30,7 @@ mod rows;
 mod stats;
 mod upload;
 mod views;
+mod web;
 mod writer;
 
 pub use access::{Access, blocking, is_below};
@@ -46,4 +47,5 @@ pub use reader::{Batches, ShardReader, value_counts};
 pub use rows::{CaptionCell, ImageCell, InputRow, key_texts, row, rows};
 pub use stats::{check_stats, has_stats, stats_location, write_stats};
 pub use upload::{check_writable, uploads_settled};
+pub use web::{Address, Refusal, WebAddress, WebAnswer, WebClient, WebError};
 pub use writer::{ShardWriter, Written};
