@@ -9,6 +9,7 @@ mod cli;
 mod cli_errors;
 mod dataset;
 mod demo;
+mod fetch;
 mod model;
 mod ops;
 mod oracle;

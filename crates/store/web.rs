@@ -112,7 +112,8 @@ impl WebError {
         match self {
             Self::Connect(_) | Self::Cut(_) => true,
             Self::Status { status, .. } => {
-                status.is_server_error() || matches!(*status, StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT)
+                status.is_server_error()
+                    || matches!(*status, StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT)
             }
             _ => false,
         }
@@ -177,7 +178,8 @@ impl fmt::Display for WebAddress {
 
 /// Whether a URI is one of a web server.
 pub(crate) fn is_web(uri: &str) -> bool {
-    uri.split_once("://").is_some_and(|(scheme, _)| ["http", "https"].iter().any(|web| scheme.eq_ignore_ascii_case(web)))
+    uri.split_once("://")
+        .is_some_and(|(scheme, _)| ["http", "https"].iter().any(|web| scheme.eq_ignore_ascii_case(web)))
 }
 
 /// Keeps connections. A clone is the same client.
@@ -311,7 +313,13 @@ mod tests {
         assert_eq!(address.to_string(), "https://host.example/a%20b.jpg?...");
         assert_eq!(address.host(), "host.example:443");
         assert_eq!(WebAddress::parse("http://[::1]:8080/a").unwrap().host(), "[::1]:8080");
-        for bad in ["http://", "https://me:s3cret@host/a", "https://s3cret@host/a", "ftp://host/a?s3cret", "http://a b/?s3cret"] {
+        for bad in [
+            "http://",
+            "https://me:s3cret@host/a",
+            "https://s3cret@host/a",
+            "ftp://host/a?s3cret",
+            "http://a b/?s3cret",
+        ] {
             let error = WebAddress::parse(bad).unwrap_err().to_string();
             assert!(!error.contains("s3cret"), "{error}");
         }
@@ -335,7 +343,13 @@ mod tests {
             let error = WebAddress::parse(link_local).unwrap_err().to_string();
             assert!(error.contains(LINK_LOCAL), "{error}");
         }
-        for usable in ["http://169.253.1.1/", "http://127.0.0.1/", "http://[::1]/", "http://[fec0::1]/", "http://[::ffff:10.0.0.1]/"] {
+        for usable in [
+            "http://169.253.1.1/",
+            "http://127.0.0.1/",
+            "http://[::1]/",
+            "http://[fec0::1]/",
+            "http://[::ffff:10.0.0.1]/",
+        ] {
             assert!(WebAddress::parse(usable).is_ok(), "{usable}");
         }
     }

@@ -220,7 +220,7 @@ impl Call {
         let (engine, access) = (self.worker.engine(), self.worker.access().clone());
         let stages = Stages {
             input,
-            images: Images { beside: shard.beside.clone(), access },
+            images: Images { beside: shard.beside.clone(), access, fetcher: Arc::clone(&engine.fetcher) },
             columns: shard.columns.clone(),
             preparer: Arc::clone(&engine.preparer),
             share: engine.pool.queue().join(self.request.heads, self.progress.clone()),

@@ -16,6 +16,8 @@ mod dataset;
 mod demo;
 mod engine;
 mod error;
+mod fetch;
+mod hosts;
 mod inspect;
 pub mod limits;
 mod model;

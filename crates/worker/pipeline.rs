@@ -2,7 +2,8 @@
 //!
 //! A stage ends when its input ends, when its neighbour is gone, or with an error. An error drops the stage's channels,
 //! so all stages end; the first stage of the path that failed gives the job's error. Chunks stay in order by
-//! construction: each stage hands them on one after another, and only the rows inside a chunk are prepared in parallel.
+//! construction: each stage hands them on one after another, and only the rows inside a chunk are prepared in parallel. Images of
+//! addresses are fetched for several chunks at a time (see [`crate::fetch`]).
 //! A chunk has a ticket from the moment it is read to the moment its scores are written or taken. Tickets bound a job's memory,
 //! and see to it that memory other jobs wait for never waits for a slow reader: who has no ticket reads nothing, and what was
 //! read always finds room behind the engine.
@@ -14,25 +15,25 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use arrow_array::{ArrayRef, RecordBatch, StringArray};
-use bytes::Bytes;
 use capsieve_store::{
-    Access, CaptionCell, Columns, ImageCell, InputRow, Location, ObjectInfo, RowScore, ShardWriter, Written, key_texts,
+    Access, CaptionCell, Columns, ImageCell, InputRow, Location, RowScore, ShardWriter, Written, key_texts,
 };
-use futures::{StreamExt, stream};
+use futures::future::try_join_all;
+use futures::stream::{self, FuturesOrdered, StreamExt};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::budget::{Budget, Held};
+use crate::fetch::{Fetcher, Found, Memory, reserve};
 use crate::limits::{
-    CAPTION_BYTES, CHUNKS_PREPARED, CHUNKS_READ, FETCHES, IMAGE_BYTES_MAX, READER_STALLS, TOKENS_MAX, chunks_max,
-    chunks_open,
+    CAPTION_BYTES, CHUNKS_FETCHED, CHUNKS_PREPARED, CHUNKS_READ, READER_STALLS, TOKENS_MAX, chunks_max, chunks_open,
 };
-use crate::prepare::{Fault, Preparer, ReadyRow, chain};
+use crate::prepare::{Early, Fault, Preparer, ReadyRow};
 use crate::queue::Share;
 use crate::rows::Rows;
 use crate::scores::Scores;
+use crate::threads::Turn;
 use crate::{Error, Result};
-use capsieve_store::blocking;
 
 /// The right to have a chunk between reading and whoever takes its scores.
 #[derive(Debug)]
@@ -45,14 +46,25 @@ impl Ticket {
     }
 }
 
-/// Rows as read. `fetched` has an entry for each row: the image of an address.
+/// Rows as read. `early` has an entry for each row: those whose image was fetched are prepared already.
 pub(crate) struct Chunk {
     pub(crate) batch: RecordBatch,
-    pub(crate) fetched: Vec<Option<Result<Bytes, Fault>>>,
+    pub(crate) early: Vec<Option<Early>>,
     pub(crate) held: Held,
     pub(crate) ticket: Ticket,
-    /// Memory of what was fetched, until it is decoded.
-    pub(crate) _fetching: Held,
+}
+
+/// Rows as read, and where their images are that are not in the shard.
+struct Unfetched {
+    batch: RecordBatch,
+    found: Vec<Option<Found>>,
+    memory: Memory,
+    held: Held,
+    ticket: Ticket,
+    /// What `memory` gives out.
+    reserve: Held,
+    /// Seconds of reading.
+    seconds: f64,
 }
 
 /// Rows ready for the engine, or why not.
@@ -80,6 +92,8 @@ pub(crate) struct Images {
     pub(crate) beside: Option<Location>,
     /// What may be read.
     pub(crate) access: Access,
+    /// Who fetches them.
+    pub(crate) fetcher: Arc<Fetcher>,
 }
 
 /// Where scores go.
@@ -135,8 +149,8 @@ pub(crate) async fn run<R: Rows>(stages: Stages<R>) -> Result<Totals> {
     let (to_engine, prepared) = channel(CHUNKS_PREPARED);
     // Room for every chunk there can be: the engine's stage never waits for the one behind it.
     let (to_writer, scored) = channel(chunks_max);
-    let memory = (&budget, preparer.pixel_bytes());
-    let reading = read(input, tickets, (&images, &columns), memory, to_prepare);
+    let source = Source { images: &images, columns: &columns, preparer: &preparer, budget: &budget };
+    let reading = read(input, tickets, &source, to_prepare);
     // The input's columns go no further than this where nobody writes them.
     let kept: Option<Vec<usize>> = matches!(output, Output::Rows(_)).then(|| columns.key.into_iter().collect());
     let preparing = prepare(&preparer, &columns, kept, chunks, to_engine);
@@ -171,45 +185,101 @@ pub(crate) fn stage(name: &'static str, seconds: f64) {
     metrics::histogram!("capsieve_stage_seconds", "stage" => name).record(seconds);
 }
 
-/// Stage 1: batches of rows, with the images of addresses fetched.
-async fn read(
-    mut input: impl Rows,
-    tickets: Arc<Semaphore>,
-    (images, columns): (&Images, &Columns),
-    (budget, pixel_bytes): (&Budget, usize),
-    out: Sender<Chunk>,
-) -> Result<f64> {
-    let mut seconds = 0.0;
+/// What reading needs to know.
+struct Source<'a> {
+    images: &'a Images,
+    columns: &'a Columns,
+    preparer: &'a Preparer,
+    budget: &'a Budget,
+}
+
+/// Stage 1: batches of rows, with the images of addresses fetched, of several chunks at a time.
+async fn read(input: impl Rows, tickets: Arc<Semaphore>, source: &Source<'_>, out: Sender<Chunk>) -> Result<f64> {
+    let turn = source.preparer.join();
+    let mut chunks = pin!(chunks(input, tickets, source));
+    let (mut fetching, mut fetched) = (FuturesOrdered::new(), VecDeque::new());
+    let (mut reads, mut ended, mut seconds, mut until) = (false, false, 0.0, Instant::now());
     loop {
-        let ticket = ticket(&tickets, &mut input).await;
-        let start = Instant::now();
-        let batch = tokio::select! {
-            batch = input.next() => batch?,
-            () = out.closed() => return Ok(seconds),
-        };
-        let Some(batch) = batch else { return Ok(seconds) };
-        let (addresses, captions) = look(&batch, columns)?;
-        let found = locate(addresses, images).await;
-        let looking = start.elapsed().as_secs_f64();
-        // Not the reader's time: memory is short because the engines are busy.
-        let fetching = found.iter().map(Found::bytes).sum::<usize>();
-        // Asked for at once: who holds a part and waits for another could wait for ever.
-        let bytes = batch.num_rows() * pixel_bytes + batch.get_array_memory_size() + captions;
-        let mut held = tokio::select! {
-            held = budget.take(bytes + fetching) => held,
-            // What comes behind has failed: that is not to wait for memory which nobody will use.
-            () = out.closed() => return Ok(seconds),
-        };
-        let fetching = held.split(fetching);
-        let start = Instant::now();
-        let fetched = stream::iter(found.into_iter().map(Found::fetch)).buffered(FETCHES).collect().await;
-        let taken = looking + start.elapsed().as_secs_f64();
-        stage("read", taken);
-        seconds += taken;
-        if out.send(Chunk { batch, fetched, held, ticket, _fetching: fetching }).await.is_err() {
+        let count = fetching.len() + fetched.len();
+        if ended && count == 0 {
             return Ok(seconds);
         }
+        // Reads ahead while the network is what it waits for. What was begun goes on: it may hold memory.
+        reads = !ended && (reads || count == 0 || (!fetching.is_empty() && count < CHUNKS_FETCHED));
+        tokio::select! {
+            // What comes behind has failed: nothing is to wait for memory or images which nobody will use.
+            () = out.closed() => return Ok(seconds),
+            chunk = chunks.next(), if reads => {
+                reads = false;
+                match chunk {
+                    Some(chunk) => fetching.push_back(fetch(chunk?, source, &turn)),
+                    None => ended = true,
+                }
+            }
+            // Also while nobody takes the chunks that are there: a request must not run out of time for that.
+            Some(done) = fetching.next(), if !fetching.is_empty() => {
+                let (chunk, since, reading) = done?;
+                // Those that are fetched together count once.
+                let taken = reading + Instant::max(since, until).elapsed().as_secs_f64();
+                until = Instant::now();
+                stage("read", taken);
+                seconds += taken;
+                fetched.push_back(chunk);
+            }
+            place = out.reserve(), if !fetched.is_empty() => match (place, fetched.pop_front()) {
+                (Ok(place), Some(chunk)) => place.send(chunk),
+                _ => return Ok(seconds),
+            },
+        }
     }
+}
+
+/// The chunks of a shard, each with its ticket and its memory.
+fn chunks<R: Rows>(
+    input: R,
+    tickets: Arc<Semaphore>,
+    source: &Source<'_>,
+) -> impl futures::Stream<Item = Result<Unfetched>> {
+    stream::try_unfold(input, move |mut input| {
+        let tickets = Arc::clone(&tickets);
+        async move {
+            let ticket = ticket(&tickets, &mut input).await;
+            let start = Instant::now();
+            let Some(batch) = input.next().await? else { return Ok(None) };
+            let (addresses, captions) = look(&batch, source.columns)?;
+            let found = source.images.fetcher.locate(addresses, source.images).await;
+            // Not the reader's time: memory is short because the engines are busy.
+            let seconds = start.elapsed().as_secs_f64();
+            // Asked for at once: who holds a part and waits for another could wait for ever.
+            let (pixels, reserve) = (batch.num_rows() * source.preparer.pixel_bytes(), reserve(&found));
+            let mut held = source.budget.take(pixels + batch.get_array_memory_size() + captions + reserve).await;
+            let memory = Memory::new(reserve, source.budget);
+            let reserve = held.split(reserve);
+            Ok(Some((Unfetched { batch, found, memory, held, ticket, reserve, seconds }, input)))
+        }
+    })
+}
+
+/// Fetches the images of a chunk and prepares each as it comes, so that only its pixels stay. Gives also since when, and the
+/// seconds of reading.
+async fn fetch(chunk: Unfetched, source: &Source<'_>, turn: &Turn) -> Result<(Chunk, Instant, f64)> {
+    let (since, fetcher, preparer) = (Instant::now(), &source.images.fetcher, source.preparer);
+    let Unfetched { batch, found, memory, held, ticket, reserve, seconds } = chunk;
+    let input = Arc::new((batch, source.columns.clone()));
+    let rows = found.into_iter().enumerate().map(|(index, found)| {
+        let (input, memory) = (&input, &memory);
+        async move {
+            let Some(found) = found else { return Ok::<_, Error>(None) };
+            let (image, _held) = match fetcher.fetch(found, memory).await {
+                Ok((bytes, held)) => (Ok(bytes), held),
+                Err(fault) => (Err(fault), Held::default()),
+            };
+            Ok(Some(preparer.row(turn, input, index, image).await?))
+        }
+    });
+    let early = try_join_all(rows).await?;
+    drop(reserve);
+    Ok((Chunk { batch: input.0.clone(), early, held, ticket }, since, seconds))
 }
 
 /// Waits for a chunk's ticket; for long only where nobody takes the scores.
@@ -238,52 +308,6 @@ fn look(batch: &RecordBatch, columns: &Columns) -> Result<(Vec<Option<String>>, 
         CaptionCell::List(texts) => texts.iter().map(|text| CAPTION_BYTES + text.map_or(0, tokens)).sum(),
     };
     Ok((rows.iter().map(address).collect(), rows.iter().map(captions).sum()))
-}
-
-/// An image that is not in the shard: not there, or found, or why it cannot be had.
-struct Found(Option<Result<(Location, ObjectInfo), Fault>>);
-
-/// Looks where the images are and how large.
-async fn locate(addresses: Vec<Option<String>>, images: &Images) -> Vec<Found> {
-    if addresses.iter().all(Option::is_none) {
-        return addresses.into_iter().map(|_| Found(None)).collect();
-    }
-    // Names are resolved link by link, with calls of the system that block.
-    let images = images.clone();
-    let resolving = blocking(move || {
-        let resolve = |address: Option<String>| Some(images.access.resolve(images.beside.as_ref(), &address?));
-        addresses.into_iter().map(resolve).collect::<Vec<_>>()
-    });
-    let resolved = resolving.await;
-    let look = |location: Option<capsieve_store::Result<Location>>| async move {
-        let found = async {
-            let location = location?;
-            Some(match location {
-                Ok(location) => location.head_within(IMAGE_BYTES_MAX).await.map(|info| (location, info)),
-                Err(error) => Err(error),
-            })
-        };
-        Found(found.await.map(|found| found.map_err(|error| fetch_failed(&error))))
-    };
-    stream::iter(resolved.into_iter().map(look)).buffered(FETCHES).collect().await
-}
-
-impl Found {
-    fn bytes(&self) -> usize {
-        let size = |(_, info): &(Location, ObjectInfo)| usize::try_from(info.size).unwrap_or(usize::MAX);
-        self.0.as_ref().and_then(|found| found.as_ref().ok()).map_or(0, size)
-    }
-
-    async fn fetch(self) -> Option<Result<Bytes, Fault>> {
-        Some(match self.0? {
-            Ok((location, info)) => location.get(&info).await.map_err(|error| fetch_failed(&error)),
-            Err(fault) => Err(fault),
-        })
-    }
-}
-
-fn fetch_failed(error: &capsieve_store::Error) -> Fault {
-    Fault::new("fetch_failed", chain(error))
 }
 
 /// Stage 2: model input for every row, a chunk at a time. `kept` are the columns that go on, if not all do.

@@ -250,7 +250,7 @@ impl OpenShard {
         let start = Instant::now();
         let stages = Stages {
             input: input_rows,
-            images: Images { beside: Some(input), access: access.clone() },
+            images: Images { beside: Some(input), access: access.clone(), fetcher: Arc::clone(&engine.fetcher) },
             columns,
             preparer: Arc::clone(&engine.preparer),
             share: engine.pool.queue().join(job.heads, progress.clone()),

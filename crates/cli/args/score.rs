@@ -5,7 +5,7 @@ use clap::builder::FalseyValueParser;
 use clap::{ArgAction, Args as Group, ValueEnum};
 
 use super::worker::memory;
-use super::{ColumnArgs, EngineArgs, Head, OutputArgs, Token, caption_tokens, pixels};
+use super::{ColumnArgs, EngineArgs, FetchArgs, Head, OutputArgs, Token, caption_tokens, pixels};
 
 #[derive(Debug, Group)]
 pub(crate) struct ScoreArgs {
@@ -49,6 +49,8 @@ pub(crate) struct ScoreArgs {
     #[arg(long, env = "CAPSIEVE_MAX_IMAGE_PIXELS", value_name = "N", value_parser = pixels,
           default_value_t = capsieve_worker::limits::IMAGE_PIXELS_MAX)]
     pub(crate) max_image_pixels: u64,
+    #[command(flatten)]
+    pub(crate) fetches: FetchArgs,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
 }

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 use capsieve_worker::{
-    CaptionPolicy, DatasetJob, DatasetReport, LoadedModel, Outcome, Outlook, Progress, Prospect, ScoreJob, Stats,
-    Thresholds, look_at_dataset, score_dataset,
+    CaptionPolicy, DatasetJob, DatasetReport, EngineChoice, LoadedModel, Outcome, Outlook, Progress, Prospect,
+    ScoreJob, Stats, Thresholds, look_at_dataset, score_dataset,
 };
 use clap::CommandFactory;
 use clap::error::ErrorKind;
@@ -70,7 +70,7 @@ fn job(args: ScoreArgs) -> DatasetJob {
         drop_images: args.output_rows.drop_images,
         fail_on_row: args.output_rows.on_error == OnError::Fail,
         overwrite: args.output_rows.overwrite,
-        engine: args.engine.into(),
+        engine: EngineChoice { fetches_per_host: args.fetches.fetches_per_host, ..args.engine.into() },
     };
     DatasetJob {
         inputs: args.input,

@@ -125,7 +125,11 @@ impl<I: Iterator<Item = Read> + Send + 'static> Job<I> {
                 let pool = Pool::start(scorers, None, false);
                 run(Stages {
                     input: Ready(stream::iter(read)),
-                    images: Images { beside: Some(output), access: Access::everything() },
+                    images: Images {
+                        beside: Some(output),
+                        access: Access::everything(),
+                        fetcher: Arc::new(Fetcher::new(0)),
+                    },
                     columns,
                     preparer: Arc::new(preparer),
                     share: pool.queue().join(HEADS, Progress::default()),
@@ -347,7 +351,7 @@ fn who_does_not_take_scores_holds_no_memory() {
     let (rows, mut scored) = tokio::sync::mpsc::channel(1);
     let stages = Stages {
         input: Ready(stream::iter(endless)),
-        images: Images { beside: None, access: Access::everything() },
+        images: Images { beside: None, access: Access::everything(), fetcher: Arc::new(Fetcher::new(0)) },
         columns: Columns::detect(good().schema_ref(), &ColumnOptions::default(), "rows").unwrap(),
         preparer: Arc::new(
             Preparer::new(1, (ImageSpec::blip(64), Tokenizer::bert_uncased()), 512, CaptionPolicy::default()).unwrap(),
