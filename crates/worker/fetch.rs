@@ -214,3 +214,51 @@ fn root(error: &dyn std::error::Error) -> Option<String> {
     let innermost = std::iter::successors(error.source(), |error| error.source()).last();
     innermost.map(ToString::to_string)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+mod tests {
+    use std::time::SystemTime;
+
+    use futures::FutureExt;
+
+    use super::*;
+
+    fn stored(size: u64) -> Option<Found> {
+        let info = ObjectInfo { size, e_tag: None, modified: SystemTime::UNIX_EPOCH };
+        Some(Found::Stored(Location::parse("a.jpg").unwrap(), info))
+    }
+
+    #[test]
+    fn a_reserve_holds_all_images_of_known_size_or_the_largest() {
+        for sizes in [vec![0], vec![1, 1000, 5 << 20], vec![300 << 10; 32], vec![IMAGE_BYTES_MAX]] {
+            let found: Vec<_> = sizes.iter().copied().map(stored).collect();
+            let memory = Memory::new(reserve(&found), &Budget::new(0));
+            let held: Vec<_> = sizes.iter().map(|size| memory.now(*size as usize)).collect();
+            assert!(held.iter().all(Option::is_some), "{sizes:?}");
+        }
+        let web = || Some(Found::Web(WebAddress::parse("http://host/a.jpg").unwrap()));
+        assert_eq!(reserve(&[None, Some(Found::Not(Fault::new("fetch_failed", "gone")))]), 0);
+        let many: Vec<_> = (0..32).map(|_| stored(IMAGE_BYTES_MAX)).chain([web()]).collect();
+        assert_eq!(reserve(&many), FETCH_BYTES, "no more than the largest image, whatever there is");
+        assert_eq!(reserve(&[web()]), FETCH_BYTES);
+    }
+
+    #[test]
+    fn memory_beyond_the_reserve_is_taken_while_it_is_free_and_never_waited_for() {
+        let largest = IMAGE_BYTES_MAX as usize;
+        let shared = Budget::new(2 * FETCH_BYTES);
+        let (one, other) = (Memory::new(FETCH_BYTES, &shared), Memory::new(FETCH_BYTES, &shared));
+        let own = one.now(largest).unwrap();
+        let more = one.now(largest).expect("what is free is for all");
+        let others = shared.try_take(largest).map(|held| (held, other.now(largest)));
+        assert!(one.now(largest).is_none());
+        let mut waiting = Box::pin(one.wait(largest));
+        assert!((&mut waiting).now_or_never().is_none());
+        drop(more);
+        assert!((&mut waiting).now_or_never().is_none(), "it waits for its own chunk alone");
+        drop(own);
+        assert!(waiting.now_or_never().is_some());
+        drop(others);
+    }
+}

@@ -149,11 +149,12 @@ pub(crate) async fn run<R: Rows>(stages: Stages<R>) -> Result<Totals> {
     let (to_engine, prepared) = channel(CHUNKS_PREPARED);
     // Room for every chunk there can be: the engine's stage never waits for the one behind it.
     let (to_writer, scored) = channel(chunks_max);
-    let source = Source { images: &images, columns: &columns, preparer: &preparer, budget: &budget };
+    let turn = &preparer.join();
+    let source = Source { images: &images, columns: &columns, preparer: (&preparer, turn), budget: &budget };
     let reading = read(input, tickets, &source, to_prepare);
     // The input's columns go no further than this where nobody writes them.
     let kept: Option<Vec<usize>> = matches!(output, Output::Rows(_)).then(|| columns.key.into_iter().collect());
-    let preparing = prepare(&preparer, &columns, kept, chunks, to_engine);
+    let preparing = prepare((&preparer, turn), &columns, kept, chunks, to_engine);
     let scoring = score(&share, prepared, to_writer);
     let writing = write(output, scored, first_row, fail_on_row);
     let (read, prepared, scored, written) = tokio::join!(reading, preparing, scoring, writing);
@@ -189,36 +190,40 @@ pub(crate) fn stage(name: &'static str, seconds: f64) {
 struct Source<'a> {
     images: &'a Images,
     columns: &'a Columns,
-    preparer: &'a Preparer,
+    /// With the job's place among those that share it.
+    preparer: (&'a Preparer, &'a Turn),
     budget: &'a Budget,
 }
 
 /// Stage 1: batches of rows, with the images of addresses fetched, of several chunks at a time.
 async fn read(input: impl Rows, tickets: Arc<Semaphore>, source: &Source<'_>, out: Sender<Chunk>) -> Result<f64> {
-    let turn = source.preparer.join();
     let mut chunks = pin!(chunks(input, tickets, source));
     let (mut fetching, mut fetched) = (FuturesOrdered::new(), VecDeque::new());
-    let (mut reads, mut ended, mut seconds, mut until) = (false, false, 0.0, Instant::now());
+    let (mut reads, mut asks, mut ended, mut seconds, mut until) = (false, 0, false, 0.0, Instant::now());
     loop {
         let count = fetching.len() + fetched.len();
         if ended && count == 0 {
             return Ok(seconds);
         }
         // Reads ahead while the network is what it waits for. What was begun goes on: it may hold memory.
-        reads = !ended && (reads || count == 0 || (!fetching.is_empty() && count < CHUNKS_FETCHED));
+        reads = !ended && (reads || count == 0 || (asks > 0 && count < CHUNKS_FETCHED));
         tokio::select! {
             // What comes behind has failed: nothing is to wait for memory or images which nobody will use.
             () = out.closed() => return Ok(seconds),
             chunk = chunks.next(), if reads => {
                 reads = false;
-                match chunk {
-                    Some(chunk) => fetching.push_back(fetch(chunk?, source, &turn)),
+                match chunk.transpose()? {
+                    Some(chunk) => {
+                        asks += usize::from(chunk.found.iter().any(Option::is_some));
+                        fetching.push_back(fetch(chunk, source));
+                    }
                     None => ended = true,
                 }
             }
             // Also while nobody takes the chunks that are there: a request must not run out of time for that.
             Some(done) = fetching.next(), if !fetching.is_empty() => {
                 let (chunk, since, reading) = done?;
+                asks -= usize::from(chunk.early.iter().any(Option::is_some));
                 // Those that are fetched together count once.
                 let taken = reading + Instant::max(since, until).elapsed().as_secs_f64();
                 until = Instant::now();
@@ -251,7 +256,7 @@ fn chunks<R: Rows>(
             // Not the reader's time: memory is short because the engines are busy.
             let seconds = start.elapsed().as_secs_f64();
             // Asked for at once: who holds a part and waits for another could wait for ever.
-            let (pixels, reserve) = (batch.num_rows() * source.preparer.pixel_bytes(), reserve(&found));
+            let (pixels, reserve) = (batch.num_rows() * source.preparer.0.pixel_bytes(), reserve(&found));
             let mut held = source.budget.take(pixels + batch.get_array_memory_size() + captions + reserve).await;
             let memory = Memory::new(reserve, source.budget);
             let reserve = held.split(reserve);
@@ -262,8 +267,8 @@ fn chunks<R: Rows>(
 
 /// Fetches the images of a chunk and prepares each as it comes, so that only its pixels stay. Gives also since when, and the
 /// seconds of reading.
-async fn fetch(chunk: Unfetched, source: &Source<'_>, turn: &Turn) -> Result<(Chunk, Instant, f64)> {
-    let (since, fetcher, preparer) = (Instant::now(), &source.images.fetcher, source.preparer);
+async fn fetch(chunk: Unfetched, source: &Source<'_>) -> Result<(Chunk, Instant, f64)> {
+    let (since, fetcher, (preparer, turn)) = (Instant::now(), &source.images.fetcher, source.preparer);
     let Unfetched { batch, found, memory, held, ticket, reserve, seconds } = chunk;
     let input = Arc::new((batch, source.columns.clone()));
     let rows = found.into_iter().enumerate().map(|(index, found)| {
@@ -312,15 +317,15 @@ fn look(batch: &RecordBatch, columns: &Columns) -> Result<(Vec<Option<String>>, 
 
 /// Stage 2: model input for every row, a chunk at a time. `kept` are the columns that go on, if not all do.
 async fn prepare(
-    preparer: &Preparer,
+    (preparer, turn): (&Preparer, &Turn),
     columns: &Columns,
     kept: Option<Vec<usize>>,
     mut chunks: Receiver<Chunk>,
     out: Sender<Prepared>,
 ) -> Result<f64> {
-    let (mut seconds, turn) = (0.0, preparer.join());
+    let mut seconds = 0.0;
     while let Some(chunk) = chunks.recv().await {
-        let (mut prepared, taken) = preparer.chunk(&turn, chunk, columns).await?;
+        let (mut prepared, taken) = preparer.chunk(turn, chunk, columns).await?;
         if let Some(kept) = &kept {
             prepared.batch = texts(&prepared.batch, kept);
         }
