@@ -127,7 +127,7 @@ pub(crate) struct DemoArgs {
 
 #[derive(Debug, Group)]
 pub(crate) struct InspectArgs {
-    /// A Parquet shard, a checkpoint folder or file, a hub id, or synthetic:tiny|base|large[:SEED]
+    /// A Parquet shard, a checkpoint folder or file, a bucket's prefix, a hub id, or synthetic:tiny|base|large[:SEED]
     #[arg(value_name = "URI_OR_DIR", env = "CAPSIEVE_TARGET")]
     pub(crate) target: String,
     #[command(flatten)]
@@ -152,7 +152,7 @@ pub(crate) struct SynthArgs {
 
 #[derive(Debug, Group)]
 pub(crate) struct BenchArgs {
-    /// A checkpoint folder, a hub id, or synthetic:tiny|base|large[:SEED]
+    /// A checkpoint folder, a bucket's prefix (s3://bucket/model/), a hub id, or synthetic:tiny|base|large[:SEED]
     #[arg(long, env = "CAPSIEVE_MODEL", default_value = "synthetic:base")]
     pub(crate) model: String,
     /// Captions of each image

@@ -3,6 +3,7 @@
 //! ```text
 //! Location --Footer, Columns--> ShardReader --batches--> rows(batch) --> ...scores... --> ShardWriter --commit--> Location
 //! hub id ------fetch_model----> a folder in the local hub cache
+//! bucket ------fetch_stored_model----> a folder in our own cache
 //! ```
 //!
 //! Everything is async and only reads, waits and writes; Parquet's own computing runs on blocking threads, where its
@@ -23,6 +24,7 @@ mod footer;
 mod hub;
 mod listing;
 mod location;
+mod models;
 mod output;
 mod partial;
 mod reader;
@@ -41,6 +43,7 @@ pub use footer::Footer;
 pub use hub::{FileProgress, HubConfig, fetch_model, fetch_model_with};
 pub use listing::{ListLimits, Listing, URI_BYTES_MAX, is_flat, is_pattern, pattern_prefix};
 pub use location::{Location, ObjectInfo, below, parts_below};
+pub use models::fetch_stored_model;
 pub use output::{CaptionScore, KEEP, OutputHeads, OutputOptions, RowScore, SCORE_STATUS};
 pub use partial::remove_leftovers;
 pub use reader::{Batches, ShardReader, value_counts};

@@ -9,7 +9,7 @@ use super::{ColumnArgs, EngineArgs, FetchArgs, Head, OutputArgs, Token, caption_
 
 #[derive(Debug, Group)]
 pub(crate) struct ScoreArgs {
-    /// A checkpoint folder, a hub id, or synthetic:tiny|base|large[:SEED]
+    /// A checkpoint folder, a bucket's prefix (s3://bucket/model/), a hub id, or synthetic:tiny|base|large[:SEED]
     #[arg(long, env = "CAPSIEVE_MODEL")]
     pub(crate) model: String,
     /// What to score: Parquet files, folders (every *.parquet below), or patterns such as 'in/**/*.parquet'

@@ -10,7 +10,7 @@ use super::{ColumnArgs, EngineArgs, FetchArgs, Head, OutputArgs, Token, caption_
 
 #[derive(Debug, Group)]
 pub(crate) struct ServeArgs {
-    /// A checkpoint folder, a hub id, or synthetic:tiny|base|large[:SEED]
+    /// A checkpoint folder, a bucket's prefix (s3://bucket/model/), a hub id, or synthetic:tiny|base|large[:SEED]
     #[arg(long, env = "CAPSIEVE_MODEL")]
     pub(crate) model: String,
     /// Address and port to listen on; port 0 takes a free one
