@@ -325,6 +325,15 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn names_do_not_lead_to_link_local_addresses() {
+        let resolve = |name: &str| Resolver.resolve(name.parse().unwrap());
+        // A number is a name that the system knows without asking.
+        let refused = resolve("169.254.169.254").await.err().unwrap();
+        assert_eq!(refused.downcast_ref(), Some(&Refusal::LinkLocal));
+        assert_eq!(resolve("127.0.0.1").await.unwrap().count(), 1);
+    }
+
     #[test]
     fn link_local_addresses_are_refused_however_they_are_written() {
         for link_local in [

@@ -12,7 +12,7 @@ use object_store::path::Path;
 use super::{listed, wait};
 
 /// A model in a bucket.
-fn model(files: &[(&str, &[u8])]) -> Location {
+fn model(files: &[File<'_>]) -> Location {
     let config = Location::in_store(Arc::new(InMemory::new()), Path::from("m/config.json"), "memory://m/config.json");
     files.iter().for_each(|(name, bytes)| put(&config, name, bytes));
     config
@@ -33,7 +33,10 @@ fn fetch(cache: &FsPath, config: &Location) -> Result<(std::path::PathBuf, Vec<S
     Ok((folder, fetched.into_inner().unwrap()))
 }
 
-const CONFIG: (&str, &[u8]) = ("config.json", b"{}");
+/// Name and content.
+type File<'a> = (&'a str, &'a [u8]);
+
+const CONFIG: File<'_> = ("config.json", b"{}");
 
 #[test]
 fn a_model_is_fetched_once_and_a_replaced_one_anew() {
@@ -79,11 +82,11 @@ fn what_is_no_model_is_named() {
     let index = |name: &str| format!(r#"{{"weight_map": {{"a": "{name}"}}}}"#).into_bytes();
     let (absent, outside) = (index("w.safetensors"), index("../w.safetensors"));
     let list = "model.safetensors.index.json";
-    let cases: [(&[(&str, &[u8])], &str); 5] = [
+    let cases: [(&[File<'_>], &str); 5] = [
         (&[], "config.json"),
         (&[CONFIG], "pytorch_model.bin"),
         (&[CONFIG, (list, &absent)], "w.safetensors"),
-        (&[CONFIG, (list, &outside)], "../w.safetensors"),
+        (&[CONFIG, (list, &outside)], "no usable weight file \"../w.safetensors\""),
         (&[CONFIG, (list, b"{")], "does not say which weight files"),
     ];
     for (files, words) in cases {
