@@ -27,7 +27,7 @@ struct Host {
 struct Health {
     /// In a row.
     failures: u32,
-    /// The first and the last of them.
+    /// When the first of them began and the last ended.
     since: Option<(Instant, Instant)>,
 }
 
@@ -35,6 +35,7 @@ struct Health {
 pub(crate) struct Place {
     /// None: files of this machine, which is up.
     host: Option<Arc<Host>>,
+    since: Instant,
     _permits: (Option<OwnedSemaphorePermit>, OwnedSemaphorePermit),
 }
 
@@ -63,7 +64,7 @@ impl Hosts {
         if let Some(host) = &host {
             host.health().check(Instant::now())?;
         }
-        Ok(Place { host, _permits: (of_host, of_all) })
+        Ok(Place { host, since: Instant::now(), _permits: (of_host, of_all) })
     }
 
     fn host(&self, name: &str) -> Arc<Host> {
@@ -102,19 +103,19 @@ impl Place {
     /// There was no connection.
     pub(crate) fn unreachable(&self) {
         if let Some(host) = &self.host {
-            host.health().failed(Instant::now());
+            host.health().failed(self.since, Instant::now());
         }
     }
 }
 
 impl Health {
-    fn failed(&mut self, now: Instant) {
+    fn failed(&mut self, began: Instant, now: Instant) {
         self.failures = self.failures.saturating_add(1);
-        let first = self.since.map_or(now, |(first, _)| first);
+        let first = self.since.map_or(began, |(first, _)| first.min(began));
         self.since = Some((first, now));
     }
 
-    /// Whether it may be asked. Failures at one moment are one event: requests of a chunk fail together.
+    /// Whether it may be asked. Refusals at one moment are one event: requests of a chunk fail together.
     fn check(&self, now: Instant) -> Result<(), Down> {
         let Some((first, last)) = self.since else { return Ok(()) };
         let is_down = self.failures >= HOST_FAILURES && last.duration_since(first) >= HOST_FAILURES_SPAN;
@@ -144,17 +145,20 @@ mod tests {
     fn a_host_is_down_after_failures_in_a_row_over_some_time() {
         let start = Instant::now();
         let mut health = Health::default();
-        (0..100).for_each(|_| health.failed(start));
+        (0..100).for_each(|_| health.failed(start, start));
         assert_eq!(health.check(start), Ok(()), "one moment is one event");
-        health.failed(start + HOST_FAILURES_SPAN);
+        health.failed(start + HOST_FAILURES_SPAN, start + HOST_FAILURES_SPAN);
         let end = start + HOST_FAILURES_SPAN + HOST_DOWN;
         assert_eq!(health.check(end - Duration::from_millis(1)), Err(Down(101)));
         assert_eq!(health.check(end), Ok(()), "it is asked again");
-        health.failed(end);
+        health.failed(end, end);
         assert_eq!(health.check(end), Err(Down(102)), "and is still down");
         let mut few = Health::default();
-        (1..HOST_FAILURES).for_each(|failure| few.failed(start + HOST_FAILURES_SPAN * failure));
+        (1..HOST_FAILURES).for_each(|failure| few.failed(start, start + HOST_FAILURES_SPAN * failure));
         assert_eq!(few.check(start + HOST_FAILURES_SPAN * HOST_FAILURES), Ok(()), "too few");
+        let mut silent = Health::default();
+        (0..HOST_FAILURES).for_each(|_| silent.failed(start, start + HOST_FAILURES_SPAN));
+        assert!(silent.check(start + HOST_FAILURES_SPAN).is_err(), "time without an answer counts");
     }
 
     #[tokio::test]
