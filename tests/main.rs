@@ -9,6 +9,7 @@ mod cli;
 mod cli_errors;
 mod dataset;
 mod demo;
+mod fetch;
 mod filter;
 mod model;
 mod ops;

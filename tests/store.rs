@@ -6,6 +6,7 @@ mod damage;
 mod hub;
 mod listing;
 mod location;
+mod models;
 mod output;
 mod selection;
 mod views;

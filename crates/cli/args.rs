@@ -74,6 +74,14 @@ pub(crate) struct EngineArgs {
     pub(crate) threads: usize,
 }
 
+#[derive(Clone, Debug, Group)]
+pub(crate) struct FetchArgs {
+    /// Images fetched at a time from one web server or bucket; 64 in all
+    #[arg(long, env = "CAPSIEVE_FETCHES_PER_HOST", value_name = "N", value_parser = fetches,
+          default_value_t = capsieve_worker::limits::FETCHES_PER_HOST)]
+    pub(crate) fetches_per_host: usize,
+}
+
 #[derive(Debug, Group)]
 pub(crate) struct ColumnArgs {
     /// Column of the images, if it is not to be found by name
@@ -119,7 +127,7 @@ pub(crate) struct DemoArgs {
 
 #[derive(Debug, Group)]
 pub(crate) struct InspectArgs {
-    /// A Parquet shard, a checkpoint folder or file, a hub id, or synthetic:tiny|base|large[:SEED]
+    /// A Parquet shard, a checkpoint folder or file, a bucket's prefix, a hub id, or synthetic:tiny|base|large[:SEED]
     #[arg(value_name = "URI_OR_DIR", env = "CAPSIEVE_TARGET")]
     pub(crate) target: String,
     #[command(flatten)]
@@ -144,7 +152,7 @@ pub(crate) struct SynthArgs {
 
 #[derive(Debug, Group)]
 pub(crate) struct BenchArgs {
-    /// A checkpoint folder, a hub id, or synthetic:tiny|base|large[:SEED]
+    /// A checkpoint folder, a bucket's prefix (s3://bucket/model/), a hub id, or synthetic:tiny|base|large[:SEED]
     #[arg(long, env = "CAPSIEVE_MODEL", default_value = "synthetic:base")]
     pub(crate) model: String,
     /// Captions of each image
@@ -206,7 +214,13 @@ impl From<EngineArgs> for EngineChoice {
             PrecisionArg::Bf16 => Some(Precision::Bf16),
             PrecisionArg::F16 => Some(Precision::F16),
         };
-        Self { device: args.device.0, precision, batch_size: args.batch_size.0, threads: args.threads }
+        Self {
+            device: args.device.0,
+            precision,
+            batch_size: args.batch_size.0,
+            threads: args.threads,
+            ..Self::default()
+        }
     }
 }
 
@@ -263,6 +277,10 @@ fn batch_size(text: &str) -> Result<BatchSize, String> {
 
 fn threads(text: &str) -> Result<usize, String> {
     number(text, 0, 1024)
+}
+
+fn fetches(text: &str) -> Result<usize, String> {
+    number(text, 1, capsieve_worker::limits::FETCHES)
 }
 
 fn captions(text: &str) -> Result<usize, String> {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use object_store::path::Path as ObjectPath;
 
 use crate::buckets::{Object, find, is_remote};
+use crate::web::{Address, WebAddress, is_web};
 use crate::{Error, Location, Result};
 
 /// Objects that may be read and written.
@@ -72,6 +73,17 @@ impl Access {
             None => Location::parse(reference),
         };
         if self.folders.is_none() { found } else { self.check(found.map_err(|error| self.hidden(reference, error))?) }
+    }
+
+    /// Where the image of a cell is: as [`Self::resolve`] says, or on a web server, of which all are open where everything is.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn address(&self, beside: Option<&Location>, reference: &str) -> Result<Address> {
+        match self.folders.is_none() && is_web(reference) {
+            true => WebAddress::parse(reference).map(Address::Web),
+            false => self.resolve(beside, reference).map(Address::Stored),
+        }
     }
 
     /// The folder of a prefix that ends in '/', without links and dots.

@@ -100,7 +100,7 @@ pub(crate) fn find(uri: &str) -> Result<Object> {
 }
 
 /// A URI without what may be secret.
-fn redacted(uri: &str) -> String {
+pub(crate) fn redacted(uri: &str) -> String {
     let (whole, query) = uri.split_once('?').map_or((uri, ""), |(whole, _)| (whole, "?..."));
     let Some((scheme, rest)) = whole.split_once("://") else { return format!("{whole}{query}") };
     let authority = rest.find('/').unwrap_or(rest.len());

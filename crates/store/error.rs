@@ -309,6 +309,32 @@ pub enum Error {
         source: serde_json::Error,
     },
 
+    /// A prefix that is not a model we can load.
+    #[error("{uri} has no {missing}, is it a model in Hugging Face's layout?")]
+    ModelIncomplete {
+        /// The prefix.
+        uri: String,
+        /// What was looked for.
+        missing: String,
+    },
+    /// The list of a model's weight files makes no sense.
+    #[error("{uri} does not say which weight files there are, upload the model again")]
+    ModelIndex {
+        /// The list.
+        uri: String,
+        /// The parser's answer.
+        source: serde_json::Error,
+    },
+    /// The folder for models of buckets cannot be used.
+    #[error(
+        "the model cache {path} cannot be used: free some space, or set XDG_CACHE_HOME to a folder that can be written"
+    )]
+    ModelCache {
+        /// The folder.
+        path: String,
+        /// The system's answer.
+        source: std::io::Error,
+    },
     /// A model id that the hub cannot have.
     #[error("{id:?} is not a hub id (OWNER/NAME or OWNER/NAME@REVISION)")]
     HubId {

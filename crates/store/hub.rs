@@ -18,12 +18,14 @@ const ATTEMPTS: usize = 3;
 /// The client waits ten seconds for a file that another process fetches; a large model takes longer. Half an hour in all.
 const LOCK_WAITS: usize = 60;
 const LOCK_PAUSE: Duration = Duration::from_secs(20);
-const CONFIG: &str = "config.json";
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const CONFIG: &str = "config.json";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 /// Small files a model may have; which of them are needed is for the loader to say.
-const SMALL_FILES: [&str; 3] = ["preprocessor_config.json", "tokenizer.json", "vocab.txt"];
+pub(crate) const SMALL_FILES: [&str; 3] = ["preprocessor_config.json", "tokenizer.json", "vocab.txt"];
 /// Weights in one file, best first.
-const WEIGHTS: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
+pub(crate) const WEIGHTS: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
+/// What a model has one of.
+pub(crate) const WEIGHTS_WANTED: &str = "model.safetensors, model.safetensors.index.json or pytorch_model.bin";
 
 /// Where models come from and where they are kept.
 #[derive(Clone, Debug)]
@@ -144,7 +146,7 @@ impl Hub<'_> {
         if self.file(pickle, commit).await?.is_some() {
             return Ok(());
         }
-        Err(self.missing("model.safetensors, model.safetensors.index.json or pytorch_model.bin"))
+        Err(self.missing(WEIGHTS_WANTED))
     }
 
     /// The path of a file, none where the repository has no such file.
@@ -239,13 +241,17 @@ fn is_commit(revision: &str) -> bool {
 
 /// The weight files that an index lists, each once.
 fn shards(index: &Path) -> Result<Vec<String>> {
+    let cache = |source| Error::HubCache { path: index.display().to_string(), source };
+    weight_files(&std::fs::read(index).map_err(cache)?).map_err(|source| cache(source.into()))
+}
+
+/// The same of an index's text.
+pub(crate) fn weight_files(index: &[u8]) -> serde_json::Result<Vec<String>> {
     #[derive(serde::Deserialize)]
     struct Index {
         weight_map: std::collections::BTreeMap<String, String>,
     }
-    let cache = |source| Error::HubCache { path: index.display().to_string(), source };
-    let bytes = std::fs::read(index).map_err(cache)?;
-    let index: Index = serde_json::from_slice(&bytes).map_err(|source| cache(source.into()))?;
+    let index: Index = serde_json::from_slice(index)?;
     let mut files: Vec<String> = index.weight_map.into_values().collect();
     files.sort_unstable();
     files.dedup();

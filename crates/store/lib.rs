@@ -3,6 +3,7 @@
 //! ```text
 //! Location --Footer, Columns--> ShardReader --batches--> rows(batch) --> ...scores... --> ShardWriter --commit--> Location
 //! hub id ------fetch_model----> a folder in the local hub cache
+//! bucket ------fetch_stored_model----> a folder in our own cache
 //! ```
 //!
 //! Everything is async and only reads, waits and writes; Parquet's own computing runs on blocking threads, where its
@@ -24,6 +25,7 @@ mod footer;
 mod hub;
 mod listing;
 mod location;
+mod models;
 mod object;
 mod output;
 mod partial;
@@ -33,6 +35,7 @@ mod selection;
 mod stats;
 mod upload;
 mod views;
+mod web;
 mod writer;
 
 pub use access::{Access, blocking, is_below};
@@ -44,6 +47,7 @@ pub use footer::Footer;
 pub use hub::{FileProgress, HubConfig, fetch_model, fetch_model_with};
 pub use listing::{ListLimits, Listing, URI_BYTES_MAX, is_flat, is_pattern, pattern_prefix};
 pub use location::{Location, ObjectInfo, below, parts_below};
+pub use models::fetch_stored_model;
 pub use output::{CaptionScore, OutputHeads, OutputOptions, OutputRows, RowScore};
 pub use partial::remove_leftovers;
 pub use reader::{Batches, ShardReader};
@@ -51,4 +55,5 @@ pub use rows::{CaptionCell, ImageCell, InputRow, key_texts, row, rows};
 pub use selection::Select;
 pub use stats::{FoundStats, read_stats, remove_stats, stats_location, write_stats};
 pub use upload::{check_writable, uploads_settled};
+pub use web::{Address, Refusal, WebAddress, WebAnswer, WebClient, WebError};
 pub use writer::{ShardWriter, Written};

@@ -201,6 +201,11 @@ impl Location {
         }
     }
 
+    /// Its bucket or web server ("s3://bucket"), where it is no file.
+    pub fn root(&self) -> Option<&str> {
+        self.as_object().map(|object| &*object.root)
+    }
+
     /// The object behind it, where it is no file.
     pub(crate) fn as_object(&self) -> Option<&Object> {
         match &self.place {

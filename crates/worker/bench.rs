@@ -16,6 +16,7 @@ use serde::Serialize;
 use crate::budget::Budget;
 use crate::demo::SHARD;
 use crate::engine::Pool;
+use crate::fetch::Fetcher;
 use crate::limits::CHUNK_ROWS;
 use crate::pipeline::{self, Images, Output, Stages};
 use crate::prepare::Preparer;
@@ -254,7 +255,7 @@ async fn pipeline(
             chunks.into_iter().map(|(first, rows_of)| Ok(rows.batch(first, rows_of, bench.captions))),
         )),
         earlier: None,
-        images: Images { beside: None, access: Access::everything() },
+        images: Images { beside: None, access: Access::everything(), fetcher: Arc::new(Fetcher::new(0)) },
         preparer: Arc::new(Preparer::new(
             bench.engine.threads,
             parts,

@@ -221,7 +221,7 @@ impl Call {
         let stages = Stages {
             input,
             earlier: None,
-            images: Images { beside: shard.beside.clone(), access },
+            images: Images { beside: shard.beside.clone(), access, fetcher: Arc::clone(&engine.fetcher) },
             columns: shard.columns.clone(),
             preparer: Arc::clone(&engine.preparer),
             share: engine.pool.queue().join(self.request.heads, self.progress.clone()),

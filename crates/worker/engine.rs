@@ -48,6 +48,8 @@ pub struct EngineChoice {
     pub batch_size: usize,
     /// Threads of a CPU engine and of the preparation; 0: one per core.
     pub threads: usize,
+    /// Images fetched at a time from one web server or bucket; 0: [`crate::limits::FETCHES_PER_HOST`].
+    pub fetches_per_host: usize,
 }
 
 /// Devices that are there, and their arithmetic.

@@ -9,8 +9,6 @@ pub use capsieve_store::URI_BYTES_MAX;
 /// Rows that travel together: enough to keep every core decoding, few enough that their pixels (0.44 MB each at 384 px)
 /// stay small beside the model.
 pub const CHUNK_ROWS: usize = 32;
-/// Rows that travel together where images are fetched by their addresses: each may have [`IMAGE_BYTES_MAX`] bytes.
-pub const CHUNK_URIS: usize = 4;
 /// Shards of a call.
 pub const SHARDS_MAX: usize = 100_000;
 /// Bytes of the names of a call's shards.
@@ -60,8 +58,30 @@ pub const CAPTIONS_MAX: usize = 4096;
 pub const BATCH_TOKENS: usize = 4096;
 /// Bytes of an encoded image that is fetched by its address.
 pub const IMAGE_BYTES_MAX: u64 = 64 << 20;
-/// Images fetched at a time.
-pub const FETCHES: usize = 16;
+/// Images fetched at a time, by all jobs of a worker.
+pub const FETCHES: usize = 64;
+/// Of these from one web server or bucket, unless the user says otherwise.
+pub const FETCHES_PER_HOST: usize = 8;
+/// Chunks whose images are fetched at a time: with [`CHUNK_ROWS`] enough for all requests that are made at a time, twice.
+pub const CHUNKS_FETCHED: usize = 4;
+/// Memory that a chunk reserves for images whose size is not known: the largest one, and what a budget keeps for small ones.
+pub const FETCH_BYTES: usize = (IMAGE_BYTES_MAX / 7 * 8) as usize + 8192;
+/// An image of a web server: this long on the network, all tries together ...
+pub const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
+/// ... of which there are so many after the first, ...
+pub const FETCH_RETRIES: usize = 2;
+/// ... with a pause of about so long, then three times as long, ...
+pub const RETRY_PAUSE: Duration = Duration::from_millis(200);
+/// ... or as the server says, if that is no longer than this.
+pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(5);
+/// A host is taken to be down after so many failed connections in a row ...
+pub const HOST_FAILURES: u32 = 5;
+/// ... that took so long, from the beginning of the first to the end of the last, ...
+pub const HOST_FAILURES_SPAN: Duration = Duration::from_secs(1);
+/// ... and is then left alone for so long.
+pub const HOST_DOWN: Duration = Duration::from_secs(30);
+/// Hosts that are remembered while nobody asks them.
+pub const HOSTS_KNOWN: usize = 4096;
 /// Pixels of an image, unless the user says otherwise.
 pub const IMAGE_PIXELS_MAX: u64 = 64 << 20;
 /// Bytes of a caption: the tokenizer is linear, but a caption of megabytes is a mistake and never fits the model.

@@ -1,10 +1,10 @@
 //! MODEL as the user names it: to a checkpoint, its image preparation and its tokenizer, checked to belong together.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use capsieve_engine::{Checkpoint, Device, Info, Options, Scorer, SyntheticSize};
 use capsieve_prep::{ImageSpec, Tokenizer};
-use capsieve_store::HubConfig;
+use capsieve_store::{HubConfig, Location, below, is_remote};
 use sha2::{Digest, Sha256};
 
 use crate::limits::MODEL_JSON_BYTES_MAX;
@@ -27,13 +27,15 @@ pub enum ModelSource {
     /// `synthetic:SIZE[:SEED]`
     Synthetic(SyntheticSize, u64),
     /// A folder or a weights file.
-    Path(std::path::PathBuf),
+    Path(PathBuf),
+    /// A prefix of a bucket, which ends in '/'.
+    Stored(String),
     /// A hub id, `owner/name[@revision]`.
     Hub(String),
 }
 
 impl ModelSource {
-    /// Reads MODEL: `synthetic:tiny|base|large[:SEED]`, an existing path, or a hub id.
+    /// Reads MODEL: `synthetic:tiny|base|large[:SEED]`, an existing path, a prefix of a bucket, or a hub id.
     ///
     /// # Errors
     /// None of these; the message says which forms there are.
@@ -49,10 +51,19 @@ impl ModelSource {
         if Path::new(model).exists() {
             return Ok(Self::Path(model.into()));
         }
+        if is_remote(model) {
+            return match model.starts_with("http") {
+                true => bad(
+                    "a web server cannot say what a folder holds: name a bucket's prefix such as s3://bucket/model/",
+                ),
+                false => Ok(Self::Stored(format!("{}/", model.trim_end_matches('/')))),
+            };
+        }
         let path_like = model.starts_with(['.', '/', '~']) || model.ends_with('/') || model.contains('\\');
         if path_like || model.split('/').count() != 2 || model.contains("://") {
             return bad(
-                "there is no such folder or file, and it is no hub id (owner/name) or synthetic:tiny|base|large[:SEED]",
+                "there is no such folder or file, and it is no hub id (owner/name), bucket's prefix (s3://bucket/model/) or \
+                 synthetic:tiny|base|large[:SEED]",
             );
         }
         Ok(Self::Hub(model.to_owned()))
@@ -83,15 +94,20 @@ pub struct LoadedModel {
 }
 
 impl LoadedModel {
-    /// Finds and opens MODEL, downloading it if it is a hub id.
+    /// Finds and opens MODEL, downloading it if it is a hub id or in a bucket.
     ///
     /// # Errors
-    /// No such model, no network, a damaged or incomplete folder, parts that do not belong together.
+    /// No such model, no network, no such bucket, a damaged or incomplete folder, parts that do not belong together.
     pub async fn open(model: &str) -> Result<Self> {
         match ModelSource::parse(model)? {
             ModelSource::Bundled => Self::bundled(),
             ModelSource::Synthetic(size, seed) => Self::synthetic(size, seed),
             ModelSource::Path(path) => Self::folder(model, &path),
+            ModelSource::Stored(prefix) => {
+                let config = Location::parse(&below(&prefix, "config.json"))?;
+                let folder = capsieve_store::fetch_stored_model(&cache(model)?, &config, downloaded).await?;
+                Self::folder(model, &folder)
+            }
             ModelSource::Hub(id) => {
                 let folder = capsieve_store::fetch_model_with(&HubConfig::from_env()?, &id, downloaded).await?;
                 Self::folder(model, &folder)
@@ -206,6 +222,17 @@ impl LoadedModel {
     }
 }
 
+/// Where models of buckets are kept: `$XDG_CACHE_HOME/capsieve/models`, or below `~/.cache`.
+fn cache(model: &str) -> Result<PathBuf> {
+    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")));
+    let nowhere = || Error::ModelName {
+        model: model.to_owned(),
+        reason: "set XDG_CACHE_HOME or HOME, it is copied to a folder below".to_owned(),
+    };
+    Ok(cache.ok_or_else(nowhere)?.join("capsieve").join("models"))
+}
+
 /// Tells of a download every [`DOWNLOAD_LOG_BYTES`].
 fn downloaded(progress: capsieve_store::FileProgress) {
     let (file, bytes, total) = (progress.file, progress.bytes, progress.bytes_total);
@@ -249,9 +276,21 @@ mod tests {
             parse("Salesforce/blip-itm-base-coco").unwrap(),
             ModelSource::Hub("Salesforce/blip-itm-base-coco".into())
         );
-        for bad in
-            ["synthetic:huge", "synthetic:tiny:x", "./nowhere", "/no/where", "nowhere", "a/b/c", "s3://bucket/x", ""]
-        {
+        for uri in ["s3://bucket/x", "s3://bucket/x/", "gs://bucket/x/", "az://box/x", "abfs://box@account/x"] {
+            let prefix = format!("{}/", uri.trim_end_matches('/'));
+            assert_eq!(parse(uri).unwrap(), ModelSource::Stored(prefix));
+        }
+        for bad in [
+            "synthetic:huge",
+            "synthetic:tiny:x",
+            "./nowhere",
+            "/no/where",
+            "nowhere",
+            "a/b/c",
+            "http://host/x/",
+            "sftp://host/x",
+            "",
+        ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

@@ -7,7 +7,7 @@ use arrow_array::{ArrayRef, RecordBatch, StringArray, StructArray};
 use arrow_schema::{DataType, Field};
 use capsieve_store::{CaptionKind, Columns, ImageKind};
 
-use crate::limits::{CHUNK_CAPTIONS, CHUNK_ROWS, CHUNK_URIS};
+use crate::limits::{CHUNK_CAPTIONS, CHUNK_ROWS};
 
 /// An image and its captions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -39,12 +39,10 @@ pub(crate) fn columns() -> Columns {
 
 /// The pairs in batches, made one at a time: of so many rows and so many captions, or of one row.
 pub(crate) fn batches(pairs: Vec<Pair>) -> impl Iterator<Item = capsieve_store::Result<RecordBatch>> + Send {
-    let fetched = pairs.iter().any(|pair| matches!(pair.image, PairImage::Uri(_)));
-    let rows = if fetched { CHUNK_URIS } else { CHUNK_ROWS };
     let mut left = pairs.into_iter().peekable();
     std::iter::from_fn(move || {
         let (mut chunk, mut captions) = (Vec::new(), 0);
-        while chunk.len() < rows
+        while chunk.len() < CHUNK_ROWS
             && let Some(pair) =
                 left.next_if(|pair: &Pair| chunk.is_empty() || captions + pair.captions.len() <= CHUNK_CAPTIONS)
         {

@@ -2,39 +2,35 @@
 //!
 //! A stage ends when its input ends, when its neighbour is gone, or with an error. An error drops the stage's channels,
 //! so all stages end; the first stage of the path that failed gives the job's error. Chunks stay in order by
-//! construction: each stage hands them on one after another, and only the rows inside a chunk are prepared in parallel.
+//! construction: each stage hands them on one after another, and only the rows inside a chunk are prepared in parallel. Images of
+//! addresses are fetched for several chunks at a time (see [`crate::fetch`]).
 //! A chunk has a ticket from the moment it is read to the moment its scores are written or taken. Tickets bound a job's memory,
 //! and see to it that memory other jobs wait for never waits for a slow reader: who has no ticket reads nothing, and what was
 //! read always finds room behind the engine.
-//! Jobs share engines through the [`crate::queue`]; everything else a job has to itself.
+//! Reading is `pipeline/read.rs`, the other stages are here. Jobs share engines through the [`crate::queue`]; everything else a job has to itself.
+
+mod read;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Instant;
 
 use arrow_array::{ArrayRef, RecordBatch, StringArray};
-use bytes::Bytes;
-use capsieve_store::{
-    Access, CaptionCell, Columns, EarlierScores, ImageCell, InputRow, Location, ObjectInfo, RowScore, ShardWriter,
-    Written, key_texts,
-};
-use futures::{StreamExt, stream};
+use capsieve_store::{Access, Columns, EarlierScores, Location, RowScore, ShardWriter, Written, key_texts};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use self::read::{Source, read};
 use crate::budget::{Budget, Held};
-use crate::limits::{
-    CAPTION_BYTES, CHUNKS_PREPARED, CHUNKS_READ, FETCHES, IMAGE_BYTES_MAX, READER_STALLS, TOKENS_MAX, chunks_max,
-    chunks_open,
-};
-use crate::prepare::{Fault, Preparer, ReadyRow, chain};
+use crate::fetch::Fetcher;
+use crate::limits::{CHUNKS_PREPARED, CHUNKS_READ, chunks_max, chunks_open};
+use crate::prepare::{Early, Preparer, ReadyRow};
 use crate::queue::Share;
 use crate::rows::Rows;
 use crate::scores::Scores;
 use crate::stats::Counts;
+use crate::threads::Turn;
 use crate::{Error, Result};
-use capsieve_store::blocking;
 
 /// The right to have a chunk between reading and whoever takes its scores.
 #[derive(Debug)]
@@ -47,16 +43,13 @@ impl Ticket {
     }
 }
 
-/// Rows as read. `fetched` has an entry for each row: the image of an address.
+/// Rows as read. `early` has an entry for each row: those whose image was fetched are prepared already, and those that have their
+/// scores from an earlier run need no more.
 pub(crate) struct Chunk {
     pub(crate) batch: RecordBatch,
-    /// Scores of an earlier run, of rows that are not scored again; empty where all are scored.
-    pub(crate) standing: Vec<Option<RowScore>>,
-    pub(crate) fetched: Vec<Option<Result<Bytes, Fault>>>,
+    pub(crate) early: Vec<Option<Early>>,
     pub(crate) held: Held,
     pub(crate) ticket: Ticket,
-    /// Memory of what was fetched, until it is decoded.
-    pub(crate) _fetching: Held,
 }
 
 /// Rows ready for the engine, or what becomes of them without it.
@@ -84,6 +77,8 @@ pub(crate) struct Images {
     pub(crate) beside: Option<Location>,
     /// What may be read.
     pub(crate) access: Access,
+    /// Who fetches them.
+    pub(crate) fetcher: Arc<Fetcher>,
 }
 
 /// Where scores go.
@@ -141,11 +136,12 @@ pub(crate) async fn run<R: Rows>(stages: Stages<R>) -> Result<Totals> {
     let (to_engine, prepared) = channel(CHUNKS_PREPARED);
     // Room for every chunk there can be: the engine's stage never waits for the one behind it.
     let (to_writer, scored) = channel(chunks_max);
-    let memory = (&budget, preparer.pixel_bytes());
-    let reading = read((input, earlier), tickets, (&images, &columns), memory, to_prepare);
+    let turn = &preparer.join();
+    let source = Source { images: &images, columns: &columns, preparer: (&preparer, turn), budget: &budget };
+    let reading = read((input, earlier), tickets, &source, to_prepare);
     // The input's columns go no further than this where nobody writes them.
     let kept: Option<Vec<usize>> = matches!(output, Output::Rows(_)).then(|| columns.key.into_iter().collect());
-    let preparing = prepare(&preparer, &columns, kept, chunks, to_engine);
+    let preparing = prepare((&preparer, turn), &columns, kept, chunks, to_engine);
     let scoring = score(&share, prepared, to_writer);
     let writing = write(output, scored, first_row, fail_on_row);
     let (read, prepared, scored, written) = tokio::join!(reading, preparing, scoring, writing);
@@ -178,138 +174,17 @@ pub(crate) fn stage(name: &'static str, seconds: f64) {
     metrics::histogram!("capsieve_stage_seconds", "stage" => name).record(seconds);
 }
 
-/// Stage 1: batches of rows, with the images of addresses fetched.
-async fn read(
-    (mut input, mut earlier): (impl Rows, Option<EarlierScores>),
-    tickets: Arc<Semaphore>,
-    (images, columns): (&Images, &Columns),
-    (budget, pixel_bytes): (&Budget, usize),
-    out: Sender<Chunk>,
-) -> Result<f64> {
-    let mut seconds = 0.0;
-    loop {
-        let ticket = ticket(&tickets, &mut input).await;
-        let start = Instant::now();
-        let batch = tokio::select! {
-            batch = input.next() => batch?,
-            () = out.closed() => return Ok(seconds),
-        };
-        let Some(batch) = batch else { return Ok(seconds) };
-        let standing = match &mut earlier {
-            Some(earlier) => earlier.next(batch.num_rows()).await?,
-            None => Vec::new(),
-        };
-        let (mut addresses, captions) = look(&batch, columns)?;
-        // What is not scored again is not fetched.
-        addresses.iter_mut().zip(&standing).filter(|(_, row)| row.is_some()).for_each(|(address, _)| *address = None);
-        let found = locate(addresses, images).await;
-        let looking = start.elapsed().as_secs_f64();
-        // Not the reader's time: memory is short because the engines are busy.
-        let fetching = found.iter().map(Found::bytes).sum::<usize>();
-        // Asked for at once: who holds a part and waits for another could wait for ever.
-        let bytes = batch.num_rows() * pixel_bytes + batch.get_array_memory_size() + captions;
-        let mut held = tokio::select! {
-            held = budget.take(bytes + fetching) => held,
-            // What comes behind has failed: that is not to wait for memory which nobody will use.
-            () = out.closed() => return Ok(seconds),
-        };
-        let fetching = held.split(fetching);
-        let start = Instant::now();
-        let fetched = stream::iter(found.into_iter().map(Found::fetch)).buffered(FETCHES).collect().await;
-        let taken = looking + start.elapsed().as_secs_f64();
-        stage("read", taken);
-        seconds += taken;
-        if out.send(Chunk { batch, standing, fetched, held, ticket, _fetching: fetching }).await.is_err() {
-            return Ok(seconds);
-        }
-    }
-}
-
-/// Waits for a chunk's ticket; for long only where nobody takes the scores.
-async fn ticket(tickets: &Arc<Semaphore>, input: &mut impl Rows) -> Ticket {
-    let mut waiting = pin!(Arc::clone(tickets).acquire_owned());
-    loop {
-        match tokio::time::timeout(READER_STALLS, waiting.as_mut()).await {
-            Ok(ticket) => return Ticket(Some(ticket.expect("the semaphore is never closed"))),
-            Err(_) => input.pause(),
-        }
-    }
-}
-
-/// Where the images are that are not in the shard, and the bytes that its captions take once they are tokens.
-fn look(batch: &RecordBatch, columns: &Columns) -> Result<(Vec<Option<String>>, usize)> {
-    let rows = capsieve_store::rows(batch, columns)?;
-    let address = |row: &InputRow<'_>| match row.image {
-        ImageCell::Uri(uri) => Some(uri.to_owned()),
-        _ => None,
-    };
-    // A token is a byte of text at least, but for the two markers.
-    let tokens = |text: &str| size_of::<u32>() * (text.len().min(TOKENS_MAX) + 2);
-    let captions = |row: &InputRow<'_>| match &row.captions {
-        CaptionCell::Null => 0,
-        CaptionCell::One(text) => CAPTION_BYTES + tokens(text),
-        CaptionCell::List(texts) => texts.iter().map(|text| CAPTION_BYTES + text.map_or(0, tokens)).sum(),
-    };
-    Ok((rows.iter().map(address).collect(), rows.iter().map(captions).sum()))
-}
-
-/// An image that is not in the shard: not there, or found, or why it cannot be had.
-struct Found(Option<Result<(Location, ObjectInfo), Fault>>);
-
-/// Looks where the images are and how large.
-async fn locate(addresses: Vec<Option<String>>, images: &Images) -> Vec<Found> {
-    if addresses.iter().all(Option::is_none) {
-        return addresses.into_iter().map(|_| Found(None)).collect();
-    }
-    // Names are resolved link by link, with calls of the system that block.
-    let images = images.clone();
-    let resolving = blocking(move || {
-        let resolve = |address: Option<String>| Some(images.access.resolve(images.beside.as_ref(), &address?));
-        addresses.into_iter().map(resolve).collect::<Vec<_>>()
-    });
-    let resolved = resolving.await;
-    let look = |location: Option<capsieve_store::Result<Location>>| async move {
-        let found = async {
-            let location = location?;
-            Some(match location {
-                Ok(location) => location.head_within(IMAGE_BYTES_MAX).await.map(|info| (location, info)),
-                Err(error) => Err(error),
-            })
-        };
-        Found(found.await.map(|found| found.map_err(|error| fetch_failed(&error))))
-    };
-    stream::iter(resolved.into_iter().map(look)).buffered(FETCHES).collect().await
-}
-
-impl Found {
-    fn bytes(&self) -> usize {
-        let size = |(_, info): &(Location, ObjectInfo)| usize::try_from(info.size).unwrap_or(usize::MAX);
-        self.0.as_ref().and_then(|found| found.as_ref().ok()).map_or(0, size)
-    }
-
-    async fn fetch(self) -> Option<Result<Bytes, Fault>> {
-        Some(match self.0? {
-            Ok((location, info)) => location.get(&info).await.map_err(|error| fetch_failed(&error)),
-            Err(fault) => Err(fault),
-        })
-    }
-}
-
-fn fetch_failed(error: &capsieve_store::Error) -> Fault {
-    Fault::new("fetch_failed", chain(error))
-}
-
 /// Stage 2: model input for every row, a chunk at a time. `kept` are the columns that go on, if not all do.
 async fn prepare(
-    preparer: &Preparer,
+    (preparer, turn): (&Preparer, &Turn),
     columns: &Columns,
     kept: Option<Vec<usize>>,
     mut chunks: Receiver<Chunk>,
     out: Sender<Prepared>,
 ) -> Result<f64> {
-    let (mut seconds, turn) = (0.0, preparer.join());
+    let mut seconds = 0.0;
     while let Some(chunk) = chunks.recv().await {
-        let (mut prepared, taken) = preparer.chunk(&turn, chunk, columns).await?;
+        let (mut prepared, taken) = preparer.chunk(turn, chunk, columns).await?;
         if let Some(kept) = &kept {
             prepared.batch = texts(&prepared.batch, kept);
         }

@@ -6,6 +6,7 @@ use std::panic::catch_unwind;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
+use arrow_array::RecordBatch;
 use bytes::Bytes;
 use capsieve_engine::{Heads, PairScore};
 use capsieve_prep::{DecodeLimits, ImageSpec, Tokenizer};
@@ -14,7 +15,7 @@ use sha2::{Digest, Sha256};
 
 use crate::limits::{BATCH_TOKENS, CAPTION_BYTES_MAX, CAPTIONS_MAX, IMAGE_PIXELS_MAX, PART_PAIRS, REASON_BYTES_MAX};
 use crate::pipeline::{Chunk, Prepared};
-use crate::threads::{Threads, Turn};
+use crate::threads::{Done, Threads, Turn};
 use crate::{Error, Result};
 
 /// What to do with captions and images the model or the user's limits do not take.
@@ -111,6 +112,24 @@ impl ReadyRow {
     }
 }
 
+/// Rows, where in them is what, and the images that some of them had.
+pub(crate) struct Input {
+    pub(crate) batch: RecordBatch,
+    columns: Columns,
+    decoded: Decoded,
+}
+
+impl Input {
+    pub(crate) fn new(batch: RecordBatch, columns: &Columns) -> Self {
+        Self { batch, columns: columns.clone(), decoded: Decoded::default() }
+    }
+}
+
+/// The image of an address.
+pub(crate) type Fetched = Result<Bytes, Fault>;
+/// A row that was prepared ahead of its chunk, or what becomes of it without the engine, and how long that took.
+pub(crate) type Early = (Result<ReadyRow, RowScore>, Duration);
+
 /// Prepares rows on threads of its own, which all jobs share.
 pub(crate) struct Preparer {
     threads: Threads,
@@ -147,38 +166,42 @@ impl Preparer {
         self.threads.join()
     }
 
-    /// Prepares every row of a chunk, on all threads at once where no other job wants them. Gives the seconds it would have
-    /// taken alone.
+    /// Prepares a row of a chunk ahead of the others, from the bytes of its image that were fetched.
+    pub(crate) async fn row(&self, turn: &Turn, input: &Arc<Input>, index: usize, image: Fetched) -> Result<Early> {
+        let task = self.task(input, index, Some(image));
+        finished(self.threads.run(turn, std::iter::once(task)).pop().expect("one for one")).await
+    }
+
+    fn task(
+        &self,
+        input: &Arc<Input>,
+        index: usize,
+        image: Option<Fetched>,
+    ) -> impl FnOnce() -> Result<Result<ReadyRow, Fault>> + Send + use<> {
+        let (recipe, input) = (Arc::clone(&self.recipe), Arc::clone(input));
+        move || {
+            let row = capsieve_store::row(&input.batch, &input.columns, index)?;
+            Ok(recipe.row(&row, image.as_ref(), &input.decoded))
+        }
+    }
+
+    /// Prepares every row of a chunk that is not prepared yet, on all threads at once where no other job wants them. Gives the
+    /// seconds it would have taken alone.
     pub(crate) async fn chunk(&self, turn: &Turn, chunk: Chunk, columns: &Columns) -> Result<(Prepared, f64)> {
-        let Chunk { batch, mut standing, fetched, held, ticket, _fetching } = chunk;
-        let input = Arc::new((batch, fetched, columns.clone(), Decoded::default()));
-        let count = input.0.num_rows();
-        standing.resize(count, None);
-        let task = |index: usize| {
-            let (recipe, input) = (Arc::clone(&self.recipe), Arc::clone(&input));
-            move || {
-                let (batch, fetched, columns, decoded) = &*input;
-                let row = capsieve_store::row(batch, columns, index)?;
-                Ok::<_, Error>(recipe.row(&row, fetched[index].as_ref(), decoded))
-            }
-        };
-        let (mut rows, mut seconds) = (Vec::with_capacity(count), 0.0);
-        let new: Vec<usize> = (0..count).filter(|row| standing[*row].is_none()).collect();
-        for done in self.threads.run(turn, new.into_iter().map(task)) {
-            // What other people's code makes of odd bytes is a bad row, not the end of the job.
-            let broken =
-                || (Ok(Err(Fault::new("decode_failed", "the preparation broke down on this row"))), Duration::ZERO);
-            let (row, taken) = done.await.unwrap_or_else(|_| broken());
-            rows.push(row?);
+        let Chunk { batch, early, held, ticket } = chunk;
+        let input = Arc::new(Input::new(batch, columns));
+        let others = early.iter().enumerate().filter(|(_, early)| early.is_none());
+        let mut others = self.threads.run(turn, others.map(|(index, _)| self.task(&input, index, None))).into_iter();
+        let (mut rows, mut seconds) = (Vec::with_capacity(input.batch.num_rows()), 0.0);
+        for early in early {
+            let (row, taken) = match early {
+                Some(early) => early,
+                None => finished(others.next().expect("a task for each of the others")).await?,
+            };
+            rows.push(row);
             seconds += taken.as_secs_f64();
         }
-        let mut rows = rows.into_iter();
-        let row = |standing: Option<RowScore>| match standing {
-            Some(score) => Err(score),
-            None => rows.next().expect("a row for each that is new").map_err(Fault::into_row),
-        };
-        let rows = standing.into_iter().map(row).collect();
-        let prepared = Prepared { batch: input.0.clone(), rows, held, ticket };
+        let prepared = Prepared { batch: input.batch.clone(), rows, held, ticket };
         Ok((prepared, seconds / self.threads.count() as f64))
     }
 }
@@ -194,6 +217,13 @@ impl Decoded {
         drop(images);
         image.get_or_init(decode).clone()
     }
+}
+
+async fn finished(done: Done<Result<Result<ReadyRow, Fault>>>) -> Result<Early> {
+    // What other people's code makes of odd bytes is a bad row, not the end of the job.
+    let broken = || (Ok(Err(Fault::new("decode_failed", "the preparation broke down on this row"))), Duration::ZERO);
+    let (row, taken) = done.await.unwrap_or_else(|_| broken());
+    Ok((row?.map_err(Fault::into_row), taken))
 }
 
 impl Recipe {

@@ -7,11 +7,11 @@
 use std::time::Instant;
 
 use arrow_array::RecordBatch;
-use capsieve_store::{Batches, ImageKind, ShardReader};
+use capsieve_store::{Batches, ShardReader};
 use futures::{Stream, StreamExt};
 
 use crate::budget::{Budget, Held};
-use crate::limits::{CHUNK_CAPTIONS, CHUNK_ROWS, CHUNK_URIS, ROW_GROUP_TURN};
+use crate::limits::{CHUNK_CAPTIONS, CHUNK_ROWS, ROW_GROUP_TURN};
 use crate::{Error, Result};
 
 /// Rows in batches of at most [`CHUNK_ROWS`].
@@ -45,9 +45,7 @@ pub(crate) struct ShardRows {
 impl ShardRows {
     /// The rows from `first` on; `budget` is for the memory of row groups.
     pub(crate) fn new(reader: ShardReader, first: u64, budget: &Budget) -> Result<Self> {
-        // Images of addresses may each be large: fewer travel together.
-        let rows = if reader.columns().image_kind == ImageKind::Uri { CHUNK_URIS } else { CHUNK_ROWS };
-        let rows = rows.min(reader.rows_with_captions(CHUNK_CAPTIONS));
+        let rows = CHUNK_ROWS.min(reader.rows_with_captions(CHUNK_CAPTIONS));
         let bytes = reader.reading_bytes(rows);
         if let Some(limit) = budget.bytes_max().filter(|limit| bytes > *limit as u64) {
             return Err(Error::RowGroup { uri: reader.uri().to_owned(), bytes, limit: limit as u64 });

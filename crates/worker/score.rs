@@ -200,7 +200,11 @@ impl OpenShard {
         let stages = Stages {
             input: input_rows,
             earlier,
-            images: Images { beside: Some(places.input.clone()), access: access.clone() },
+            images: Images {
+                beside: Some(places.input.clone()),
+                access: access.clone(),
+                fetcher: Arc::clone(&engine.fetcher),
+            },
             columns,
             preparer: Arc::clone(&engine.preparer),
             share: engine.pool.queue().join(job.heads, progress.clone()),

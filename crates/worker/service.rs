@@ -9,6 +9,7 @@ use capsieve_store::{Access, ColumnOptions};
 use crate::budget::Budget;
 use crate::call::{Call, CallRequest};
 use crate::engine::{Pool, engine_options};
+use crate::fetch::Fetcher;
 use crate::plan::Names;
 use crate::prepare::Preparer;
 use crate::shared::SharedEngine;
@@ -87,6 +88,7 @@ impl Worker {
             precision: engines.precision,
             pool: Pool::start(scorers, Some(options.latency), engines.devices[0] != Device::Cpu),
             preparer: Arc::new(preparer),
+            fetcher: Arc::new(Fetcher::new(options.engine.fetches_per_host)),
             budget: part(1, 2),
             row_groups: part(1, 4),
             outputs: part(3, 16),

@@ -6,6 +6,7 @@ use tokio::sync::OnceCell;
 
 use crate::budget::Budget;
 use crate::engine::Pool;
+use crate::fetch::Fetcher;
 use crate::prepare::Preparer;
 use crate::{Engines, LoadedModel, Precision, Result, ScoreJob, engine_options};
 
@@ -18,6 +19,8 @@ pub(crate) struct SharedEngine {
     pub(crate) precision: Precision,
     pub(crate) pool: Pool,
     pub(crate) preparer: Arc<Preparer>,
+    /// Fetches the images of addresses.
+    pub(crate) fetcher: Arc<Fetcher>,
     /// Memory for the chunks of all jobs.
     pub(crate) budget: Budget,
     /// Memory for the row groups that are read.
@@ -64,6 +67,7 @@ impl<'a> LazyEngine<'a> {
             precision: engines.precision,
             pool: Pool::start(scorers, None, engines.ahead()),
             preparer: Arc::new(preparer),
+            fetcher: Arc::new(Fetcher::new(job.engine.fetches_per_host)),
             budget: part(1, 2),
             row_groups: part(1, 4),
             outputs: part(1, 4),

@@ -125,7 +125,7 @@ class Azure:
         self.root = "az://data/"
 
     def put(self, key, data):
-        self.container.upload_blob(key, data)
+        self.container.upload_blob(key, data, overwrite=True)
 
     def get(self, key):
         return self.container.download_blob(key).readall()
@@ -338,6 +338,44 @@ def a_web_server(s3):
     assert refused.returncode == 1 and "not written to" in refused.stderr, refused
 
 
+def a_model(store, expected):
+    """A model's folder in the bucket: fetched once, and anew when it is replaced; the cache holds whole files only."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = run({}, "synth", "--size", "tiny", "--out", f"{folder}/model")
+        assert made.returncode == 0, made
+        files = {path.name: path.read_bytes() for path in Path(folder, "model").iterdir()}
+        for name, data in files.items():
+            store.put(f"models/tiny/{name}", data)
+        source = Path(folder, "in.parquet")
+        source.write_bytes(shard(0, SHARDS["00000.parquet"]))
+        variables = store.environment | {"XDG_CACHE_HOME": f"{folder}/cache"}
+
+        def scored(output, uri=f"{store.root}models/tiny", variables=variables):
+            return run(variables, "score", "--model", uri, "--threads", "2", "--input", str(source), "--output", f"{folder}/{output}")
+
+        def cached():
+            return sorted(path for path in Path(folder, "cache").rglob("*") if path.is_file())
+
+        first = scored("1.parquet", f"{store.root}models/tiny/")
+        assert first.returncode == 0 and "downloading model.safetensors" in first.stderr, first
+        table = pq.read_table(f"{folder}/1.parquet")
+        found = dict(zip(table["caption"].to_pylist(), table["itm_score"].to_pylist()))
+        same(found, {caption: expected[caption] for caption in found})
+        whole = {path.name: path.read_bytes() for path in cached()}
+        assert whole.keys() >= {"config.json", "model.safetensors", "tokenizer.json"} and whole.items() <= files.items(), cached()
+        again = scored("2.parquet")
+        assert again.returncode == 0 and "downloading" not in again.stderr, again
+        store.put("models/tiny/config.json", files["config.json"] + b"\n")
+        replaced = scored("3.parquet")
+        assert replaced.returncode == 0 and "downloading config.json" in replaced.stderr, replaced
+        assert len(cached()) == 2 * len(whole), cached()
+        for uri, words in [(f"{store.root}models/none/", "has no config.json"), (f"{store.root}models/tiny/?x", "usable URI"),
+                           ("http://127.0.0.1:9/model/", "web server")]:
+            refused = scored("4.parquet", uri)
+            assert refused.returncode == 1 and words in refused.stderr, refused
+            assert len(refused.stderr.splitlines()) == 1, refused.stderr
+
+
 def undisturbed():
     """The scores of a run on files."""
     with tempfile.TemporaryDirectory() as folder:
@@ -367,6 +405,7 @@ def main():
     step("s3: uploads that are given up", given_up_uploads, s3)
     step("s3: what cannot be", what_cannot_be, s3)
     step("s3: a worker", a_worker, s3, expected)
+    step("s3: a model", a_model, s3, expected)
     step("s3: a web server", a_web_server, s3)
     step("s3: faults", faults, s3, expected)
     step("s3: kills", kills, s3, expected, 25)
@@ -385,6 +424,7 @@ def main():
                 azure = Azure(port)
                 step("azure: a dataset", a_dataset, azure, expected)
                 step("azure: large outputs", large_outputs, azure)
+                step("azure: a model", a_model, azure, expected)
                 step("azure: what cannot be", what_cannot_be, azure)
             finally:
                 emulator.kill()

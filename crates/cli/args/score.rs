@@ -5,11 +5,11 @@ use clap::builder::{FalseyValueParser, PossibleValuesParser};
 use clap::{ArgAction, Args as Group, ValueEnum};
 
 use super::worker::memory;
-use super::{ColumnArgs, EngineArgs, Head, OutputArgs, Token, caption_tokens, pixels};
+use super::{ColumnArgs, EngineArgs, FetchArgs, Head, OutputArgs, Token, caption_tokens, pixels};
 
 #[derive(Debug, Group)]
 pub(crate) struct ScoreArgs {
-    /// A checkpoint folder, a hub id, or synthetic:tiny|base|large[:SEED]
+    /// A checkpoint folder, a bucket's prefix (s3://bucket/model/), a hub id, or synthetic:tiny|base|large[:SEED]
     #[arg(long, env = "CAPSIEVE_MODEL")]
     pub(crate) model: String,
     /// What to score: Parquet files, folders (every *.parquet below), or patterns such as 'in/**/*.parquet'
@@ -62,6 +62,8 @@ pub(crate) struct ScoreArgs {
     #[arg(long, env = "CAPSIEVE_MAX_IMAGE_PIXELS", value_name = "N", value_parser = pixels,
           default_value_t = capsieve_worker::limits::IMAGE_PIXELS_MAX)]
     pub(crate) max_image_pixels: u64,
+    #[command(flatten)]
+    pub(crate) fetches: FetchArgs,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
 }

@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use clap::builder::FalseyValueParser;
 use clap::{ArgAction, Args as Group};
 
-use super::{ColumnArgs, EngineArgs, Head, OutputArgs, Token, caption_tokens, number, pixels};
+use super::{ColumnArgs, EngineArgs, FetchArgs, Head, OutputArgs, Token, caption_tokens, number, pixels};
 
 #[derive(Debug, Group)]
 pub(crate) struct ServeArgs {
-    /// A checkpoint folder, a hub id, or synthetic:tiny|base|large[:SEED]
+    /// A checkpoint folder, a bucket's prefix (s3://bucket/model/), a hub id, or synthetic:tiny|base|large[:SEED]
     #[arg(long, env = "CAPSIEVE_MODEL")]
     pub(crate) model: String,
     /// Address and port to listen on; port 0 takes a free one
@@ -94,6 +94,8 @@ pub(crate) struct ServeArgs {
     #[arg(long, env = "CAPSIEVE_MAX_IMAGE_PIXELS", value_name = "N", value_parser = pixels,
           default_value_t = capsieve_worker::limits::IMAGE_PIXELS_MAX)]
     pub(crate) max_image_pixels: u64,
+    #[command(flatten)]
+    pub(crate) fetches: FetchArgs,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
 }

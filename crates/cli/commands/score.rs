@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 use capsieve_worker::{
-    CaptionPolicy, Counts, DatasetJob, DatasetReport, LoadedModel, Outcome, Outlook, Progress, Prospect, Rejected,
-    STATUSES, ScoreJob, Stats, Thresholds, look_at_dataset, score_dataset,
+    CaptionPolicy, Counts, DatasetJob, DatasetReport, EngineChoice, LoadedModel, Outcome, Outlook, Progress, Prospect,
+    Rejected, STATUSES, ScoreJob, Stats, Thresholds, look_at_dataset, score_dataset,
 };
 use clap::CommandFactory;
 use clap::error::ErrorKind;
@@ -104,7 +104,7 @@ fn job(args: ScoreArgs) -> DatasetJob {
         fail_on_row: args.output_rows.on_error == OnError::Fail,
         overwrite: args.output_rows.overwrite,
         retry: STATUSES.into_iter().filter(|status| args.retry_status.iter().any(|retry| retry == status)).collect(),
-        engine: args.engine.into(),
+        engine: EngineChoice { fetches_per_host: args.fetches.fetches_per_host, ..args.engine.into() },
     };
     DatasetJob {
         inputs: args.input,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use capsieve_rpc::{Limits, ServeError, ServeOptions, TlsFiles, Tokens};
-use capsieve_worker::{Access, CaptionPolicy, LoadedModel, Worker, WorkerOptions};
+use capsieve_worker::{Access, CaptionPolicy, EngineChoice, LoadedModel, Worker, WorkerOptions};
 
 use super::terminated;
 use crate::args::{ServeArgs, heads};
@@ -46,7 +46,7 @@ async fn load(args: ServeArgs, access: Access) -> Result<Arc<Worker>, ServeError
         heads: heads(&args.heads),
         itm_token: args.itm_token.into(),
         policy: CaptionPolicy { tokens_max: args.max_caption_tokens, image_pixels_max: args.max_image_pixels },
-        engine: args.engine.into(),
+        engine: EngineChoice { fetches_per_host: args.fetches.fetches_per_host, ..args.engine.into() },
         latency: Duration::from_millis(args.batch_latency_ms as u64),
         memory_bytes: args.memory_limit,
         access,

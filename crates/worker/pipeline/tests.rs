@@ -13,7 +13,7 @@ use capsieve_engine::{
 };
 use capsieve_prep::{ImageSpec, Tokenizer};
 use capsieve_store::{ColumnOptions, OutputHeads, OutputOptions, OutputRows, Select, ShardReader};
-use futures::stream;
+use futures::stream::{self, StreamExt};
 use tempfile::TempDir;
 
 use super::*;
@@ -132,7 +132,11 @@ impl<I: Iterator<Item = Read> + Send + 'static> Job<I> {
                 run(Stages {
                     input: Ready(stream::iter(read)),
                     earlier: None,
-                    images: Images { beside: Some(output), access: Access::everything() },
+                    images: Images {
+                        beside: Some(output),
+                        access: Access::everything(),
+                        fetcher: Arc::new(Fetcher::new(0)),
+                    },
                     columns,
                     preparer: Arc::new(preparer),
                     share: pool.queue().join(HEADS, Progress::default()),
@@ -357,7 +361,7 @@ fn who_does_not_take_scores_holds_no_memory() {
     let stages = Stages {
         earlier: None,
         input: Ready(stream::iter(endless)),
-        images: Images { beside: None, access: Access::everything() },
+        images: Images { beside: None, access: Access::everything(), fetcher: Arc::new(Fetcher::new(0)) },
         columns: Columns::detect(good().schema_ref(), &ColumnOptions::default(), "rows").unwrap(),
         preparer: Arc::new(
             Preparer::new(1, (ImageSpec::blip(64), Tokenizer::bert_uncased()), 512, CaptionPolicy::default()).unwrap(),
