@@ -34,6 +34,9 @@ use crate::scores::Scores;
 use crate::{Error, Result};
 use capsieve_store::blocking;
 
+mod alone;
+pub(crate) use alone::prepare_alone;
+
 /// The right to have a chunk between reading and whoever takes its scores.
 #[derive(Debug)]
 pub struct Ticket(#[allow(dead_code, reason = "held, and given back by being dropped")] Option<OwnedSemaphorePermit>);
