@@ -10,35 +10,23 @@ the part of a run of 50 small shards in which the engine computes nothing, with 
 import argparse
 import json
 import os
-import random
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-
-def picture(seed, side):
-    """A PNG of noise."""
-    generator = random.Random(seed)
-    rows = b"".join(b"\0" + generator.randbytes(side * 3) for _ in range(side))
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b"")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "python"))
+from support import picture  # noqa: E402
 
 
 def shards(folder, count, rows, side):
     """So many shards; their images are few and repeat, their captions are all different."""
     folder.mkdir(parents=True)
-    images = [picture(seed, side) for seed in range(64)]
+    images = [picture(seed, side, side) for seed in range(64)]
     for number in range(count):
         captions = [f"caption {row} of shard {number}" for row in range(rows)]
         columns = {"image": [images[(number + row) % len(images)] for row in range(rows)], "caption": captions}

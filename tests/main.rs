@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests stop at the first surprise and may print")]
 
+mod bench;
 #[cfg(all(feature = "cuda", target_os = "linux"))]
 mod card;
 mod checkpoint;

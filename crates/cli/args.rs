@@ -155,10 +155,17 @@ pub(crate) struct BenchArgs {
     /// A checkpoint folder, a bucket's prefix (s3://bucket/model/), a hub id, or synthetic:tiny|base|large[:SEED]
     #[arg(long, env = "CAPSIEVE_MODEL", default_value = "synthetic:base")]
     pub(crate) model: String,
-    /// Captions of each image
-    #[arg(long, env = "CAPSIEVE_CAPTIONS_PER_IMAGE", value_name = "N", default_value_t = 1, value_parser = captions)]
+    /// A shard whose rows are measured instead of the bundled ones
+    #[arg(long, env = "CAPSIEVE_INPUT", value_name = "URI")]
+    pub(crate) input: Option<String>,
+    /// Captions of each image of the bundled shard
+    #[arg(long, env = "CAPSIEVE_CAPTIONS_PER_IMAGE", value_name = "N", default_value_t = 1, value_parser = captions,
+        conflicts_with = "input")]
     pub(crate) captions_per_image: usize,
-    /// Seconds to measure the engine for, and about as long the pipeline
+    /// Measures reading and preparation alone, and no engine
+    #[arg(long, env = "CAPSIEVE_PREPARE_ONLY", value_parser = FalseyValueParser::new(), action = ArgAction::SetTrue)]
+    pub(crate) prepare_only: bool,
+    /// Seconds to measure the engine for, and about as long the pipeline; or preparation, with --prepare-only
     #[arg(long, env = "CAPSIEVE_SECONDS", value_name = "S", default_value_t = 10.0, value_parser = seconds)]
     pub(crate) seconds: f64,
     /// Scores to compute
@@ -167,6 +174,8 @@ pub(crate) struct BenchArgs {
     /// Prints JSON instead of a table
     #[arg(long, env = "CAPSIEVE_JSON", value_parser = FalseyValueParser::new(), action = ArgAction::SetTrue)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) columns: ColumnArgs,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
 }

@@ -1,40 +1,44 @@
-//! The job `bench`: pairs/s of the engine alone and of the whole pipeline, on rows made in memory.
+//! The job `bench`: pairs/s of the engine alone and of the whole pipeline, rows/s of preparation alone, on the rows of the
+//! bundled shard or of the user's.
 
+mod machine;
+mod source;
+mod watched;
+
+use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use arrow_array::builder::{ListBuilder, StringBuilder};
-use arrow_array::cast::AsArray;
-use arrow_array::{Array, ArrayRef, BinaryArray, RecordBatch, StringArray};
 use capsieve_engine::{Batch, Config, Heads, ItmToken, Options, Scorer, Stage};
-use capsieve_store::{
-    Access, ColumnOptions, Columns, Location, OutputHeads, OutputOptions, OutputRows, Select, ShardReader, ShardWriter,
-};
-use futures::{StreamExt, pin_mut, stream};
+use capsieve_store::{ColumnOptions, Location, OutputHeads, OutputOptions, OutputRows, Select, ShardWriter};
 use serde::Serialize;
 
+use self::machine::{peak_memory, processor_seconds};
+use self::source::{Source, Until};
+use self::watched::Watched;
 use crate::budget::Budget;
-use crate::demo::SHARD;
 use crate::engine::Pool;
-use crate::fetch::Fetcher;
-use crate::limits::CHUNK_ROWS;
-use crate::pipeline::{self, Images, Output, Stages};
+use crate::limits::BATCH_TOKENS;
+use crate::pipeline::{self, Output, Stages, prepare_alone};
 use crate::prepare::Preparer;
-use crate::rows::Ready;
 use crate::{CaptionPolicy, EngineChoice, Error, LoadedModel, Progress, Result, engine_options};
-
-/// Columns are found by their usual names.
-const DETECT: ColumnOptions = ColumnOptions { image: None, caption: None, key: None };
 
 /// Passes whose operations are timed one by one.
 const PROFILE_PASSES: usize = 2;
+
+/// Seconds of preparation alone beside the other parts: it is measured in milliseconds a row.
+const PREPARATION_SECONDS_MAX: f64 = 2.0;
 
 /// What to measure.
 #[derive(Clone, Debug)]
 pub struct BenchOptions {
     /// What computes and how; of several cards the first.
     pub engine: EngineChoice,
-    /// Captions of an image.
+    /// URI of the shard whose rows are measured; none: the bundled one.
+    pub input: Option<String>,
+    /// Names of its columns, where they are not to be detected.
+    pub columns: ColumnOptions,
+    /// Captions of an image of the bundled shard.
     pub captions: usize,
     /// Seconds to measure for, at least one batch.
     pub seconds: f64,
@@ -53,8 +57,8 @@ pub struct BenchReport {
     pub precision: &'static str,
     /// Images of a batch.
     pub batch_size: usize,
-    /// Captions of an image.
-    pub captions: usize,
+    /// Captions of an image, on average.
+    pub captions: f64,
     /// Tokens of a caption, on average.
     pub tokens: f64,
     /// Seconds to load the weights.
@@ -68,12 +72,35 @@ pub struct BenchReport {
     pub ceiling_gflops: f64,
     /// Kinds of operation in one pass of the engine, most costly first, each operation waited for.
     pub stages: Vec<StageReport>,
+    /// Reading and preparation with no engine beside them.
+    pub preparation: PreparationReport,
     /// Images/s of preparation, all threads, while the engine works beside it.
     pub prepare_images_per_second: f64,
     /// Pairs/s from Parquet to Parquet.
     pub pipeline_pairs_per_second: f64,
+    /// The part of the time between the engine's first and last batch in that in which it had nothing to do.
+    pub engine_idle_share: f64,
     /// Largest memory of the process so far; `None` where the system does not tell.
     pub peak_memory_bytes: Option<u64>,
+}
+
+/// Rows from Parquet to model input: read, decoded, resized, tokenised.
+#[derive(Clone, Debug, Serialize)]
+pub struct PreparationReport {
+    /// The shard; none: the bundled one.
+    pub input: Option<String>,
+    /// Pixels of a side of the model's images.
+    pub image_size: usize,
+    /// Threads that prepare; reading has its own.
+    pub threads: usize,
+    /// Rows that were measured.
+    pub rows: usize,
+    /// Of these, rows that no engine could score.
+    pub failed: usize,
+    /// Rows/s of the whole program.
+    pub rows_per_second: f64,
+    /// Rows in a second of one processor, reading included; none where the system does not tell.
+    pub rows_per_second_per_core: Option<f64>,
 }
 
 /// Operations of one kind in one pass over a batch.
@@ -96,96 +123,177 @@ impl From<Stage> for StageReport {
     }
 }
 
-/// The rows that are measured: the bundled shard's images and captions.
-struct Rows {
-    images: BinaryArray,
-    captions: StringArray,
+/// What all parts of the benchmark work with.
+struct Bench<'a> {
+    model: &'a LoadedModel,
+    options: &'a BenchOptions,
+    source: Source,
+    preparer: Arc<Preparer>,
 }
 
-/// Measures a model: first the engine on one batch again and again, then the whole pipeline for about as long.
+/// Measures a model: preparation for a moment, then the engine on one batch again and again, then the whole pipeline for about
+/// as long.
 ///
 /// # Errors
-/// The model cannot be loaded, or there is no temporary folder.
-pub async fn bench(model: &LoadedModel, bench: &BenchOptions) -> Result<BenchReport> {
-    let rows = Rows::bundled().await?;
+/// The model cannot be loaded, the shard cannot be read, or there is no temporary folder.
+pub async fn bench(model: &LoadedModel, options: &BenchOptions) -> Result<BenchReport> {
+    let bench = Bench::new(model, options).await?;
+    let preparation = bench.preparation(options.seconds.min(PREPARATION_SECONDS_MAX)).await?;
     let config = model.checkpoint.config().clone();
-    let engines = bench.engine.find()?;
-    let options = engine_options(&config, &bench.engine, &engines, bench.heads, ItmToken::Cls);
-    let ceiling = capsieve_engine::ceiling(&model.checkpoint, &options)?;
+    let engines = options.engine.find()?;
+    let engine_options = engine_options(&config, &options.engine, &engines, options.heads, ItmToken::Cls);
+    let ceiling = capsieve_engine::ceiling(&model.checkpoint, &engine_options)?;
     let start = Instant::now();
-    let mut scorer = model.scorer(&options)?;
+    let mut scorer = model.scorer(&engine_options)?;
     let load_seconds = start.elapsed().as_secs_f64();
-    let options = Options { images_max: scorer.info().images_max, ..options };
-    let batch = engine_batch(model, bench, &options, &rows)?;
-    let engine = engine(bench, &batch, scorer.as_mut())?;
+    let engine_options = Options { images_max: scorer.info().images_max, ..engine_options };
+    let batch = bench.batch(engine_options.images_max).await?;
+    let engine = engine(options, &batch, scorer.as_mut())?;
+    let captions = batch.captions() as f64 / batch.images() as f64;
     let tokens = batch.tokens() as f64 / batch.captions() as f64;
     let (device, precision) = (scorer.info().device.clone(), scorer.info().precision.name());
-    let count = ((bench.seconds * engine / bench.captions as f64).ceil() as usize).next_multiple_of(options.images_max);
-    let (pipeline, prepare) = pipeline(model, bench, &rows, (scorer, engines.ahead()), count).await?;
+    // With less than two batches nothing would be between them.
+    let count = ((options.seconds * engine / captions).ceil() as usize).next_multiple_of(engine_options.images_max);
+    let count = count.max(2 * engine_options.images_max);
+    let pipeline = bench.pipeline((scorer, engines.ahead()), count).await?;
     let peak_memory_bytes = peak_memory();
     // A second model: the first one is gone by now.
     let stages =
-        capsieve_engine::profile(&model.checkpoint, &model.image.pixel_lut(), &options, &batch, PROFILE_PASSES)?;
+        capsieve_engine::profile(&model.checkpoint, &model.image.pixel_lut(), &engine_options, &batch, PROFILE_PASSES)?;
     Ok(BenchReport {
         model: model.name.clone(),
         device,
         precision,
-        batch_size: options.images_max,
-        captions: bench.captions,
+        batch_size: engine_options.images_max,
+        captions,
         tokens,
         load_seconds,
         engine_pairs_per_second: engine,
-        engine_gflops: engine * flops_per_pair(&config, bench.captions, tokens, bench.heads) / 1e9,
+        engine_gflops: engine * flops_per_pair(&config, captions, tokens, options.heads) / 1e9,
         ceiling_gflops: ceiling / 1e9,
         stages: stages.into_iter().map(StageReport::from).collect(),
-        prepare_images_per_second: prepare,
-        pipeline_pairs_per_second: pipeline,
+        preparation,
+        prepare_images_per_second: pipeline.images_per_second,
+        pipeline_pairs_per_second: pipeline.pairs_per_second,
+        engine_idle_share: pipeline.idle_share,
         peak_memory_bytes,
     })
 }
 
-impl Rows {
-    async fn bundled() -> Result<Self> {
-        let folder = tempfile::tempdir().map_err(temporary)?;
-        let path = folder.path().join("shard.parquet");
-        std::fs::write(&path, SHARD).map_err(temporary)?;
-        let reader = ShardReader::open(&Location::parse(&path.display().to_string())?, &DETECT).await?;
-        let rows = usize::try_from(reader.rows()).unwrap_or(usize::MAX);
-        let batches = reader.into_stream(rows);
-        pin_mut!(batches);
-        let (mut images, mut captions) = (Vec::new(), Vec::new());
-        while let Some(batch) = batches.next().await.transpose()? {
-            let column = |name: &str| batch.column_by_name(name).expect("a bundled column");
-            images.extend(column("image").as_binary_view().iter().flatten().map(<[u8]>::to_vec));
-            captions.extend(column("caption").as_string_view().iter().flatten().map(str::to_owned));
-        }
-        Ok(Self { images: images.iter().map(|image| Some(image.as_slice())).collect(), captions: captions.into() })
-    }
+/// Measures reading and preparation alone: no weight is loaded.
+///
+/// # Errors
+/// The shard cannot be read, or there is no temporary folder.
+pub async fn bench_preparation(model: &LoadedModel, options: &BenchOptions) -> Result<PreparationReport> {
+    Bench::new(model, options).await?.preparation(options.seconds).await
+}
 
-    /// No two are equal, for what is equal is scored once: decoders do not mind what stands behind an image.
-    fn image(&self, i: usize) -> Vec<u8> {
-        [self.images.value(i % self.images.len()), &i.to_le_bytes()].concat()
-    }
+/// What a run of the pipeline showed.
+struct Run {
+    pairs_per_second: f64,
+    images_per_second: f64,
+    idle_share: f64,
+}
 
-    fn caption(&self, i: usize) -> String {
-        format!("{} {i}", self.captions.value(i % self.captions.len()))
-    }
-
-    /// `count` rows from row `first` on, each with `captions` captions, cycling through the bundled ones.
-    fn batch(&self, first: usize, count: usize, captions: usize) -> RecordBatch {
-        let images: BinaryArray = (first..first + count).map(|i| Some(self.image(i))).collect();
-        let column: ArrayRef = if captions == 1 {
-            Arc::new((first..first + count).map(|i| Some(self.caption(i))).collect::<StringArray>())
-        } else {
-            let mut lists = ListBuilder::new(StringBuilder::new());
-            for i in first..first + count {
-                (0..captions).for_each(|c| lists.values().append_value(self.caption(i * captions + c)));
-                lists.append(true);
-            }
-            Arc::new(lists.finish())
+impl<'a> Bench<'a> {
+    async fn new(model: &'a LoadedModel, options: &'a BenchOptions) -> Result<Self> {
+        let source = match &options.input {
+            Some(uri) => Source::shard(uri, &options.columns).await?,
+            None => Source::bundled(options.captions).await?,
         };
-        RecordBatch::try_from_iter([("image", Arc::new(images) as ArrayRef), ("caption", column)])
-            .expect("two columns of one length")
+        let parts = (model.image.clone(), model.tokenizer.clone());
+        let positions = model.checkpoint.config().text.positions;
+        let preparer = Preparer::new(options.engine.threads, parts, positions, CaptionPolicy::default())?;
+        Ok(Self { model, options, source, preparer: Arc::new(preparer) })
+    }
+
+    async fn preparation(&self, seconds: f64) -> Result<PreparationReport> {
+        let (mut rows, mut failed) = (0, 0);
+        let (start, processors) = (Instant::now(), processor_seconds());
+        let input = self.source.rows(Until::Time(start + Duration::from_secs_f64(seconds)))?;
+        let parts = (&self.source.images, &self.source.columns);
+        prepare_alone(input, parts, &self.preparer, |chunk| {
+            rows += chunk.rows.len();
+            failed += chunk.rows.iter().filter(|row| row.is_err()).count();
+            ControlFlow::Continue(())
+        })
+        .await?;
+        let taken = start.elapsed().as_secs_f64();
+        let used = processors.and_then(|before| Some(processor_seconds()? - before)).filter(|used| *used > 0.0);
+        Ok(PreparationReport {
+            input: self.options.input.clone(),
+            image_size: self.model.image.size,
+            threads: self.preparer.threads(),
+            rows,
+            failed,
+            rows_per_second: rows as f64 / taken,
+            rows_per_second_per_core: used.map(|used| rows as f64 / used),
+        })
+    }
+
+    /// A full batch of the shard's rows.
+    async fn batch(&self, images_max: usize) -> Result<Batch> {
+        let mut batch = Batch::new(self.model.image.size);
+        let input = self.source.rows(Until::Rows(images_max.max(self.source.len())))?;
+        let parts = (&self.source.images, &self.source.columns);
+        prepare_alone(input, parts, &self.preparer, |chunk| {
+            for row in chunk.rows.into_iter().flatten() {
+                // As the queue fills batches.
+                let crowded = batch.images() > 0 && batch.tokens() + row.tokens() > BATCH_TOKENS;
+                if crowded || batch.images() == images_max {
+                    return ControlFlow::Break(());
+                }
+                let row = row.parts().swap_remove(0);
+                batch.push_image(&row.pixels);
+                row.captions.iter().flatten().for_each(|caption| batch.push_caption(caption));
+            }
+            ControlFlow::Continue(())
+        })
+        .await?;
+        if batch.images() == 0 {
+            let uri = self.source.uri().to_owned();
+            return Err(Error::NothingToMeasure { uri, what: "no row that can be scored" });
+        }
+        Ok(batch)
+    }
+
+    /// `count` rows through the whole pipeline, from the shard to a Parquet file.
+    async fn pipeline(&self, (scorer, ahead): (Box<dyn Scorer>, bool), count: usize) -> Result<Run> {
+        let folder = tempfile::tempdir().map_err(temporary)?;
+        let output = Location::parse(&folder.path().join("scored.parquet").display().to_string())?;
+        let heads = self.options.heads;
+        let output_options = OutputOptions {
+            heads: OutputHeads { itm: heads.itm, cosine: heads.cosine },
+            drop_images: false,
+            select: Select::All,
+            rows: OutputRows::All,
+            min_itm: None,
+            min_cosine: None,
+            metadata: Vec::new(),
+            overwrite: false,
+        };
+        let Source { schema, columns, images, .. } = &self.source;
+        let (scorer, hours) = Watched::new(scorer);
+        let pool = Pool::start(vec![Box::new(scorer)], None, ahead);
+        let stages = Stages {
+            input: self.source.rows(Until::Rows(count))?,
+            earlier: None,
+            images: images.clone(),
+            preparer: Arc::clone(&self.preparer),
+            share: pool.queue().join(heads, Progress::default()),
+            budget: Budget::default(),
+            output: Output::Shard(Box::new(ShardWriter::create(&output, schema, columns, &output_options).await?)),
+            columns: columns.clone(),
+            first_row: 0,
+            fail_on_row: self.options.input.is_none(),
+        };
+        let start = Instant::now();
+        let totals = pipeline::run(stages).await?;
+        Ok(Run {
+            pairs_per_second: totals.pairs as f64 / start.elapsed().as_secs_f64(),
+            images_per_second: count as f64 / totals.prepare,
+            idle_share: hours.idle_share(),
+        })
     }
 }
 
@@ -193,26 +301,11 @@ fn temporary(source: std::io::Error) -> Error {
     Error::File { path: "a temporary folder".to_owned(), source }
 }
 
-/// A full batch of the bundled rows.
-fn engine_batch(model: &LoadedModel, bench: &BenchOptions, options: &Options, rows: &Rows) -> Result<Batch> {
-    let mut batch = Batch::new(model.image.size);
-    let bad = |source| Error::Preprocessing { model: model.name.clone(), source };
-    let limits = capsieve_prep::DecodeLimits::default();
-    for i in 0..options.images_max {
-        let pixels = capsieve_prep::prepare_image(&rows.image(i), &model.image, &limits);
-        batch.push_image(&pixels.expect("a bundled image"));
-        for c in 0..bench.captions {
-            batch.push_caption(&model.tokenizer.encode(&rows.caption(i * bench.captions + c)).map_err(bad)?);
-        }
-    }
-    Ok(batch)
-}
-
 /// Pairs/s of full batches, median.
-fn engine(bench: &BenchOptions, batch: &Batch, scorer: &mut dyn Scorer) -> Result<f64> {
+fn engine(options: &BenchOptions, batch: &Batch, scorer: &mut dyn Scorer) -> Result<f64> {
     let (mut times, mut scores) = (Vec::new(), Vec::new());
     let start = Instant::now();
-    while times.len() < 2 || start.elapsed().as_secs_f64() < bench.seconds {
+    while times.len() < 2 || start.elapsed().as_secs_f64() < options.seconds {
         let start = Instant::now();
         // As the pipeline does it: the next batch is brought to the device meanwhile.
         scorer.score_ahead(batch, batch, &mut scores)?;
@@ -224,58 +317,8 @@ fn engine(bench: &BenchOptions, batch: &Batch, scorer: &mut dyn Scorer) -> Resul
     Ok(batch.captions() as f64 / times[times.len() / 2])
 }
 
-/// Pairs/s of `count` rows from memory to a Parquet file, and images/s of the preparation.
-async fn pipeline(
-    model: &LoadedModel,
-    bench: &BenchOptions,
-    rows: &Rows,
-    (scorer, ahead): (Box<dyn Scorer>, bool),
-    count: usize,
-) -> Result<(f64, f64)> {
-    let folder = tempfile::tempdir().map_err(temporary)?;
-    let output = Location::parse(&folder.path().join("scored.parquet").display().to_string())?;
-    let schema = rows.batch(0, 1, bench.captions).schema();
-    let columns = Columns::detect(&schema, &DETECT, "the benchmark's rows")?;
-    let heads = OutputHeads { itm: bench.heads.itm, cosine: bench.heads.cosine };
-    let options = OutputOptions {
-        heads,
-        drop_images: false,
-        select: Select::All,
-        rows: OutputRows::All,
-        min_itm: None,
-        min_cosine: None,
-        metadata: Vec::new(),
-        overwrite: false,
-    };
-    let chunks: Vec<_> = (0..count).step_by(CHUNK_ROWS).map(|first| (first, CHUNK_ROWS.min(count - first))).collect();
-    let parts = (model.image.clone(), model.tokenizer.clone());
-    let pool = Pool::start(vec![scorer], None, ahead);
-    let stages = Stages {
-        input: Ready(stream::iter(
-            chunks.into_iter().map(|(first, rows_of)| Ok(rows.batch(first, rows_of, bench.captions))),
-        )),
-        earlier: None,
-        images: Images { beside: None, access: Access::everything(), fetcher: Arc::new(Fetcher::new(0)) },
-        preparer: Arc::new(Preparer::new(
-            bench.engine.threads,
-            parts,
-            model.checkpoint.config().text.positions,
-            CaptionPolicy::default(),
-        )?),
-        share: pool.queue().join(bench.heads, Progress::default()),
-        budget: Budget::default(),
-        output: Output::Shard(Box::new(ShardWriter::create(&output, &schema, &columns, &options).await?)),
-        columns,
-        first_row: 0,
-        fail_on_row: true,
-    };
-    let start = Instant::now();
-    let totals = pipeline::run(stages).await?;
-    Ok((totals.pairs as f64 / start.elapsed().as_secs_f64(), count as f64 / totals.prepare))
-}
-
 /// Multiply-adds times two of a pair: its share of the image, and its caption in each head.
-fn flops_per_pair(config: &Config, captions: usize, tokens: f64, heads: Heads) -> f64 {
+fn flops_per_pair(config: &Config, captions: f64, tokens: f64, heads: Heads) -> f64 {
     let (vision, text) = (&config.vision, &config.text);
     let (v, f, t, g) = (vision.hidden as f64, vision.intermediate as f64, text.hidden as f64, text.intermediate as f64);
     let (patches, n) = (vision.patches() as f64, vision.patches() as f64 + 1.0);
@@ -288,14 +331,7 @@ fn flops_per_pair(config: &Config, captions: usize, tokens: f64, heads: Heads) -
         image += text.layers as f64 * n * v * 2.0 * t;
         token += own + 2.0 * t * t + 2.0 * n * t;
     }
-    2.0 * (image / captions as f64 + tokens * text.layers as f64 * token)
-}
-
-/// The process's largest resident memory, where the system has /proc.
-fn peak_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
-    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kb| kb * 1024)
+    2.0 * (image / captions + tokens * text.layers as f64 * token)
 }
 
 #[cfg(test)]
@@ -308,7 +344,7 @@ mod tests {
         // 411.7 GFLOP a pair at 20 tokens: counted by hand, and timm lists 191.2 GMAC for the image encoder.
         let model = LoadedModel::synthetic(capsieve_engine::SyntheticSize::Large, 0).unwrap();
         let heads = Heads { itm: true, cosine: true };
-        let flops = flops_per_pair(model.checkpoint.config(), 1, 20.0, heads) / 1e9;
+        let flops = flops_per_pair(model.checkpoint.config(), 1.0, 20.0, heads) / 1e9;
         assert!((flops - 411.7).abs() < 0.5, "{flops}");
     }
 }

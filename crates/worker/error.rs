@@ -177,6 +177,14 @@ pub enum Error {
         /// What was asked for.
         precision: &'static str,
     },
+    /// The shard of `bench` has nothing that an engine could score.
+    #[error("{uri} has {what}: name a shard of image-caption pairs, or leave --input out for the bundled one")]
+    NothingToMeasure {
+        /// The shard.
+        uri: String,
+        /// What it has instead.
+        what: &'static str,
+    },
     /// The pool that prepares images cannot be started.
     #[error("cannot start the threads that prepare images")]
     Threads {

@@ -41,7 +41,7 @@ mod stats;
 mod synth;
 mod threads;
 
-pub use bench::{BenchOptions, BenchReport, StageReport, bench};
+pub use bench::{BenchOptions, BenchReport, PreparationReport, StageReport, bench, bench_preparation};
 pub use call::{Call, CallRequest, Event, Events, ScoredRows, ShardDone, Sink, Source};
 pub use capsieve_engine::{Heads, ItmToken, Precision, give_large_buffers_back, share_heaps};
 pub use capsieve_store::Error as StoreError;

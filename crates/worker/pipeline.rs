@@ -32,6 +32,9 @@ use crate::stats::Counts;
 use crate::threads::Turn;
 use crate::{Error, Result};
 
+mod alone;
+pub(crate) use alone::prepare_alone;
+
 /// The right to have a chunk between reading and whoever takes its scores.
 #[derive(Debug)]
 pub struct Ticket(#[allow(dead_code, reason = "held, and given back by being dropped")] Option<OwnedSemaphorePermit>);

@@ -161,6 +161,11 @@ impl Preparer {
         self.recipe.image.size * self.recipe.image.size * 3
     }
 
+    /// Threads that prepare.
+    pub(crate) fn threads(&self) -> usize {
+        self.threads.count()
+    }
+
     /// A job's place among those that share the threads.
     pub(crate) fn join(&self) -> Turn {
         self.threads.join()

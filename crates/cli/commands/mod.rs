@@ -82,7 +82,7 @@ async fn one(command: Command) -> anyhow::Result<ExitCode> {
         Command::Submit(args) => submit::run(*args).await,
         Command::Inspect(args) => inspect::run(args).await,
         Command::Synth(args) => synth::run(args).await,
-        Command::Bench(args) => bench::run(&args).await,
+        Command::Bench(args) => bench::run(args).await,
     }
 }
 
