@@ -13,7 +13,7 @@ use object_store::path::Path as ObjectPath;
 
 use crate::access::blocking;
 use crate::buckets::{Object, find, is_remote};
-use crate::location::below;
+use crate::names::below;
 use crate::{Access, Error, Location, Result};
 
 /// Bytes of a shard's URI at most: of a longer one no call can ask again for what is left of it.

@@ -11,10 +11,11 @@ use bytes::Bytes;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt};
-use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_encode};
+use percent_encoding::percent_decode_str;
 
 use crate::access::blocking;
 use crate::buckets::{self, Object};
+use crate::names::{below, scheme};
 use crate::{Error, Result};
 
 /// Bytes of a file's name at most, on every common file system.
@@ -24,25 +25,6 @@ const SCHEMES: &str = "its scheme is unknown, expected a path, file://, s3://, g
 
 /// What a URI of a file looks like.
 const FILE_URI: &str = "expected file:///absolute/path, where '?', '#', '\\', '%' and what cannot be seen are written as %3F, %23, %5C, %25 and so on";
-
-/// What a part of a URI's path cannot say as it is (RFC 3986), and what a parser of URIs takes for something else.
-const ENCODED: &AsciiSet = &CONTROLS
-    .add(b' ')
-    .add(b'"')
-    .add(b'#')
-    .add(b'%')
-    .add(b'<')
-    .add(b'>')
-    .add(b'?')
-    .add(b'[')
-    .add(b'\\')
-    .add(b']')
-    .add(b'^')
-    .add(b'`')
-    .add(b'{')
-    .add(b'|')
-    .add(b'}')
-    .add(b'/');
 
 /// All local files are in one store.
 static LOCAL_FILES: LazyLock<Arc<LocalFileSystem>> =
@@ -375,31 +357,6 @@ impl fmt::Display for Location {
 impl fmt::Debug for Location {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(out, "Location({})", self.uri)
-    }
-}
-
-/// The part before `://`, when what precedes it can be a scheme at all.
-fn scheme(uri: &str) -> Option<&str> {
-    let (scheme, _) = uri.split_once("://")?;
-    let letters = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'-' | b'.');
-    (!scheme.is_empty() && scheme.bytes().all(letters)).then_some(scheme)
-}
-
-/// The parts of a shard's name below a prefix that it was found by.
-pub fn parts_below(prefix: &str, shard: &Location) -> Vec<String> {
-    let below = shard.uri().strip_prefix(prefix).unwrap_or(shard.file_name());
-    let part = |part: &str| match scheme(prefix) {
-        Some(_) => percent_decode_str(part).decode_utf8_lossy().into_owned(),
-        None => part.to_owned(),
-    };
-    below.split('/').map(part).collect()
-}
-
-/// The URI of `name` below a prefix that ends in '/': parsed, it is that very file. Paths have no need of encoding.
-pub fn below(prefix: &str, name: &str) -> String {
-    match scheme(prefix) {
-        Some(_) => format!("{prefix}{}", utf8_percent_encode(name, ENCODED)),
-        None => format!("{prefix}{name}"),
     }
 }
 

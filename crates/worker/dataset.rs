@@ -17,7 +17,7 @@ use tokio::sync::mpsc::{Sender, channel};
 use crate::limits::{SHARDS_IN_FLIGHT, SHARDS_LOOKED_AT};
 use crate::prepare::chain;
 use crate::score::{Outlook, complete, outlook, score_shard};
-use crate::shards::{Partition, Plan, Planned, Root, plan};
+use crate::shards::{Partition, Plan, Planned, plan};
 use crate::shared::LazyEngine;
 use crate::{Counts, Error, LoadedModel, Outcome, Progress, Result, ScoreJob, StoreError};
 
@@ -102,19 +102,20 @@ pub async fn score_dataset(model: &LoadedModel, job: &DatasetJob, progress: &Pro
     let total = u32::try_from(report.shards).unwrap_or(u32::MAX);
     let Plan { shards, output, rejected, single } = plan;
     progress.show_shards(0, if single { 0 } else { total });
-    let roots: Vec<Root> = std::iter::once(output).chain(rejected).collect();
+    let (output, rejected) = (&output, rejected.as_ref());
     let (looked, to_score) = channel(1);
-    let jobs = shards.into_iter().map(|shard| shard.job(&job.shard));
+    let jobs = shards.into_iter().map(|shard| shard.job(&job.shard, output, rejected));
     let looking = look_ahead(&engine, jobs, if single { 0 } else { SHARDS_LOOKED_AT }, looked);
     let score = |(job, complete): (ScoreJob, Option<Counts>)| {
-        let (engine, roots) = (&engine, &roots);
+        let engine = &engine;
         async move {
             let scored = async {
                 if let Some(counts) = complete {
                     return Ok(Outcome::Complete(counts));
                 }
-                for (root, output) in roots.iter().zip(std::iter::once(&job.output).chain(&job.rejected)) {
-                    root.make_folders(output).await?;
+                output.make_folders(&job.output).await?;
+                if let Some((rejected, uri)) = rejected.zip(job.rejected.as_ref()) {
+                    rejected.make_folders(uri).await?;
                 }
                 score_shard(engine, &job, progress).await
             };
@@ -187,10 +188,11 @@ pub async fn look_at_dataset<E: From<Error>>(
 ) -> Result<(), E> {
     let plan = plan(job).await?;
     let engine = LazyEngine::new(model, &job.shard, None)?;
+    let (output, rejected) = (&plan.output, plan.rejected.as_ref());
     let look = |shard: Planned| {
         let engine = &engine;
         async move {
-            let job = shard.job(&job.shard);
+            let job = shard.job(&job.shard, output, rejected);
             let outlook = outlook(engine, &job).await;
             Prospect { input: job.input, output: job.output, rejected: job.rejected, outlook }
         }

@@ -23,12 +23,15 @@ pub struct Partition {
     pub count: usize,
 }
 
-/// A shard, and where its output goes.
+/// A shard, and what its output is called. There may be millions, and most of them wait for long.
 pub(crate) struct Planned {
-    input: Location,
-    output: String,
-    rejected: Option<String>,
+    input: Box<str>,
+    /// Its name below its prefix, part by part.
+    below: Box<str>,
 }
+
+/// Between the parts of a name, none of which has it.
+const BETWEEN_PARTS: char = '\0';
 
 /// Where outputs go.
 pub(crate) struct Root {
@@ -50,10 +53,15 @@ pub(crate) struct Plan {
 }
 
 impl Planned {
+    fn new(input: &Location, prefix: &str) -> Self {
+        let below = parts_below(prefix, input).join(&BETWEEN_PARTS.to_string());
+        Self { input: input.uri().into(), below: below.into() }
+    }
+
     /// Its own job, of the dataset's options.
-    pub(crate) fn job(self, options: &ScoreJob) -> ScoreJob {
-        let Self { input, output, rejected } = self;
-        ScoreJob { input: input.to_string(), output, rejected, ..options.clone() }
+    pub(crate) fn job(self, options: &ScoreJob, output: &Root, rejected: Option<&Root>) -> ScoreJob {
+        let (output, rejected) = (output.of(&self), rejected.map(|root| root.of(&self)));
+        ScoreJob { input: self.input.into(), output, rejected, ..options.clone() }
     }
 }
 
@@ -86,13 +94,13 @@ impl Root {
     }
 
     /// The output of a shard, which keeps the folders that it has below its prefix.
-    fn of(&self, prefix: &str, shard: &Location) -> String {
+    fn of(&self, shard: &Planned) -> String {
         if !self.many {
             return self.uri.clone();
         }
-        let parts = parts_below(prefix, shard);
-        let (name, folders) = parts.split_last().expect("a name has a last part");
-        let folder = folders.iter().fold(self.uri.clone(), |within, part| format!("{}/", below(&within, part)));
+        let (folders, name) = shard.below.rsplit_once(BETWEEN_PARTS).unwrap_or(("", &shard.below));
+        let folders = folders.split(BETWEEN_PARTS).filter(|folder| !folder.is_empty());
+        let folder = folders.fold(self.uri.clone(), |within, part| format!("{}/", below(&within, part)));
         below(&folder, name)
     }
 }
@@ -142,16 +150,15 @@ pub(crate) async fn plan(job: &DatasetJob) -> Result<Plan> {
         while number >= prefixes[prefix].1 {
             prefix += 1;
         }
-        let output = output.of(&prefixes[prefix].0, &input);
-        let rejected = rejected.as_ref().map(|root| root.of(&prefixes[prefix].0, &input));
-        for output in std::iter::once(&output).chain(&rejected) {
-            let replaces = known.contains(&name(output)) || !named.insert(name(output));
+        let shard = Planned::new(&input, &prefixes[prefix].0);
+        for output in std::iter::once(&output).chain(&rejected).map(|root| root.of(&shard)) {
+            let replaces = known.contains(&name(&output)) || !named.insert(name(&output));
             if replaces && !single {
-                return Err(Error::SameOutput { input: input.to_string(), output: output.clone() });
+                return Err(Error::SameOutput { input: input.to_string(), output });
             }
         }
         if job.partition.is_none_or(|Partition { index, count }| number % count == index) {
-            shards.push(Planned { input, output, rejected });
+            shards.push(shard);
         }
     }
     Ok(Plan { shards, output, rejected, single })
