@@ -8,7 +8,8 @@ use crate::support::{capsieve, picture, shard, write_parquet};
 /// A shard of these images, and its name.
 fn shard_of(images: &[Vec<u8>]) -> (TempDir, String) {
     let folder = tempfile::tempdir().unwrap();
-    let rows: Vec<_> = images.iter().map(|image| (Some(image.clone()), Some("a picture of a dog".to_owned()))).collect();
+    let rows: Vec<_> =
+        images.iter().map(|image| (Some(image.clone()), Some("a picture of a dog".to_owned()))).collect();
     let path = folder.path().join("in.parquet");
     write_parquet(&path, &shard(&rows), 1000);
     (folder, path.display().to_string())
@@ -64,7 +65,11 @@ fn bench_takes_a_shard_of_the_users() {
     let ran = bench(&["--input", &input, "--prepare-only"]);
     assert!(ran.stdout.contains("rows/s to 64 px alone with"), "{ran:?}");
     for (arguments, code, words) in [
-        (vec!["--input", &folder.path().join("nothing.parquet").display().to_string()], 1, "nothing.parquet does not exist"),
+        (
+            vec!["--input", &folder.path().join("nothing.parquet").display().to_string()],
+            1,
+            "nothing.parquet does not exist",
+        ),
         (vec!["--input", &input, "--caption-column", "texts"], 1, "texts"),
         (vec!["--input", &input, "--captions-per-image", "2"], 2, "--captions-per-image"),
     ] {

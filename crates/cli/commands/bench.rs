@@ -49,7 +49,10 @@ fn table(report: &BenchReport) -> String {
         ("load", format!("{:.2} s", report.load_seconds)),
         ("engine", format!("{engine:.2} pairs/s: {}, {share:.0}% of the {} it can reach", rate(gflops), rate(ceiling))),
         ("preparation", format!("{alone}; {beside:.1} images/s beside the engine")),
-        ("pipeline", format!("{pipeline:.2} pairs/s from Parquet to Parquet, the engine idle for {idle:.1}% of the time")),
+        (
+            "pipeline",
+            format!("{pipeline:.2} pairs/s from Parquet to Parquet, the engine idle for {idle:.1}% of the time"),
+        ),
         ("peak memory", memory),
     ]);
     summary + &stages(&report.stages)
