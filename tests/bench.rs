@@ -27,7 +27,7 @@ fn bench_measures() {
     assert!(ran.stdout.contains("GFLOP/s") && ran.stdout.contains("peak memory"), "{ran:?}");
     let ran = capsieve(&[&arguments[..], &["--json", "--batch-size", "3"]].concat());
     let report: Value = serde_json::from_str(&ran.stdout).unwrap();
-    assert_eq!((&report["batch_size"], &report["captions"]), (&3.into(), &2.0.into()));
+    assert_eq!((report["batch_size"].as_u64(), report["captions"].as_f64()), (Some(3), Some(2.0)));
     for name in ["engine_pairs_per_second", "pipeline_pairs_per_second", "prepare_images_per_second", "load_seconds"] {
         assert!(report[name].as_f64().is_some_and(|value| value > 0.0), "{name}: {report}");
     }
@@ -52,11 +52,7 @@ fn bench_takes_a_shard_of_the_users() {
     let ran = bench(&["--input", &input, "--json"]);
     assert_eq!(ran.code, Some(0), "{ran:?}");
     let report: Value = serde_json::from_str(&ran.stdout).unwrap();
-    assert_eq!(
-        (&report["preparation"]["input"], &report["captions"]),
-        (&input.clone().into(), &1.0.into()),
-        "{report}"
-    );
+    assert!(report["preparation"]["input"] == input.as_str() && report["captions"] == 1.0, "{report}");
     assert!(report["pipeline_pairs_per_second"].as_f64().unwrap() > 0.0, "{report}");
     // Alone: whole chunks of the shard, again and again, on so many threads.
     let ran = bench(&["--input", &input, "--prepare-only", "--threads", "3", "--json"]);

@@ -24,12 +24,12 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(300);
 /// Without a byte.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
-/// Requests that failed in a way that may pass are made again for so long, with exponential pauses and jitter.
+/// Requests that failed in a way that may pass are made again for so long at most ...
 const RETRY_TIMEOUT: Duration = Duration::from_secs(180);
-const RETRIES_MAX: usize = 10;
-/// A pause is at most this much longer than the one before, and half of that on average. With the library's 2 pauses hardly
-/// grow: ten retries are through after three seconds, with this after twenty.
-const PAUSE_GROWTH: f64 = 3.0;
+/// ... and so often, after a pause of this at least and of twice the one before at most, by chance. Chance keeps them short, so
+/// that the least one decides: an outage of six seconds always passes, one of half a minute seldom.
+const RETRIES_MAX: usize = 12;
+const PAUSE_MIN: Duration = Duration::from_millis(500);
 /// Stores that are kept open; who names more buckets than this pays for new connections.
 const STORES_MAX: usize = 256;
 /// Ends the URI's path for every parser but not for the store.
@@ -112,7 +112,7 @@ pub(crate) fn redacted(uri: &str) -> String {
 }
 
 fn open(scheme: &ObjectStoreScheme, url: &Url) -> object_store::Result<Arc<dyn ObjectStore>> {
-    let backoff = BackoffConfig { base: PAUSE_GROWTH, ..BackoffConfig::default() };
+    let backoff = BackoffConfig { init_backoff: PAUSE_MIN, ..BackoffConfig::default() };
     let retry = RetryConfig { backoff, max_retries: RETRIES_MAX, retry_timeout: RETRY_TIMEOUT };
     let client = ClientOptions::new()
         .with_connect_timeout(CONNECT_TIMEOUT)

@@ -40,7 +40,9 @@ pub enum Error {
         source: object_store::Error,
     },
     /// The store or the file system said no.
-    #[error("{uri}: permission denied, check the owner and the mode of the file and of its folder")]
+    #[error(
+        "{uri}: permission denied, check the owner and the mode of the file and of its folder, or the credentials and the bucket's policy"
+    )]
     Permission {
         /// The object.
         uri: String,

@@ -265,18 +265,13 @@ impl Location {
             if_match: e_tag.map(str::to_owned),
             ..GetOptions::default()
         };
-        let answer = async {
-            let found = self.store().get_opts(&self.path(), options).await?;
-            match (e_tag, &found.meta.e_tag) {
-                // Not every server knows conditions.
-                (Some(asked), Some(given)) if asked != given => Err(object_store::Error::Precondition {
-                    path: self.path().to_string(),
-                    source: format!("the store gave {given} for {asked}").into(),
-                }),
-                _ => found.bytes().await,
-            }
-        };
-        answer.await.map_err(|source| Error::store(&self.uri, source))
+        let failed = |source| Error::store(&self.uri, source);
+        let found = self.store().get_opts(&self.path(), options).await.map_err(failed)?;
+        // Not every server knows conditions.
+        if e_tag.zip(found.meta.e_tag.as_deref()).is_some_and(|(asked, given)| asked != given) {
+            return Err(Error::changed(&self.uri));
+        }
+        found.bytes().await.map_err(failed)
     }
 
     /// Removes the object.

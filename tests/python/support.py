@@ -96,8 +96,9 @@ class S3:
     def keys_below(self, prefix):
         return sorted(item["Key"] for item in self.client.list_objects_v2(Bucket="data", Prefix=prefix).get("Contents", []))
 
-    def unfinished(self):
-        return self.client.list_multipart_uploads(Bucket="data").get("Uploads", [])
+    def unfinished(self, prefix=""):
+        uploads = self.client.list_multipart_uploads(Bucket="data").get("Uploads", [])
+        return [upload for upload in uploads if upload["Key"].startswith(prefix)]
 
 
 class Proxy:
