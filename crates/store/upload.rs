@@ -35,7 +35,13 @@ pub async fn check_writable(output: &Location) -> crate::Result<()> {
     if output.as_file().is_some() {
         return Ok(());
     }
-    let probe = async { output.store().put_multipart(&output.path()).await?.abort().await };
+    let probe = async {
+        match output.store().put_multipart(&output.path()).await?.abort().await {
+            // An answer that was lost on its way makes the store be told twice.
+            Err(Error::NotFound { .. }) => Ok(()),
+            done => done,
+        }
+    };
     probe.await.map_err(|source| crate::Error::store(output.uri(), source))
 }
 
