@@ -213,7 +213,10 @@ impl Preparer {
 
 /// The images of a chunk, each decoded by the first row that has it while others with the same one wait.
 #[derive(Default)]
-struct Decoded(Mutex<HashMap<Content, Arc<OnceLock<Result<Bytes, Fault>>>>>);
+struct Decoded(Mutex<HashMap<Content, Pixels>>);
+
+/// Of one image, once they are there.
+type Pixels = Arc<OnceLock<Result<Bytes, Fault>>>;
 
 impl Decoded {
     fn get(&self, content: Content, decode: impl FnOnce() -> Result<Bytes, Fault>) -> Result<Bytes, Fault> {

@@ -91,9 +91,10 @@ impl Chunk {
     }
 
     fn clear(&mut self) {
-        let Self { ids, places, captions, images, first_rows, pair_of, text_of, order, same, .. } = self;
-        (ids.clear(), places.clear(), captions.clear(), images.clear(), first_rows.clear());
-        (pair_of.clear(), text_of.clear(), order.clear(), same.clear());
+        [&mut self.ids, &mut self.places].into_iter().for_each(Vec::clear);
+        [&mut self.captions, &mut self.images].into_iter().for_each(Vec::clear);
+        [&mut self.first_rows, &mut self.pair_of, &mut self.text_of, &mut self.order].into_iter().for_each(Vec::clear);
+        self.same.clear();
     }
 
     /// Captions with equal tokens stand side by side once they are sorted, those of one image too: images never decrease.

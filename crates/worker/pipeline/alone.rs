@@ -32,6 +32,6 @@ pub(crate) async fn prepare_alone(
         }
     };
     let (read, prepared, ()) = tokio::join!(reading, preparing, taking);
-    (read?, prepared?);
-    Ok(())
+    read?;
+    prepared.map(drop)
 }
