@@ -30,6 +30,7 @@ pub(crate) async fn prepare_alone(
         }
     };
     let (read, prepared, ()) = tokio::join!(reading, preparing, taking);
-    (read?, prepared?);
+    read?;
+    prepared?;
     Ok(())
 }
