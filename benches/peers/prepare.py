@@ -1,7 +1,7 @@
 """Rows from Parquet to model input: Capsieve against pyarrow, Pillow and transformers' BlipProcessor, on one core.
 
     pip install -r benches/peers/requirements.txt scikit-image torchvision
-    python benches/peers/prepare.py target/release/capsieve --out benches/results/NAME.json
+    python benches/peers/prepare.py target/release/capsieve [--simd OTHER] --out benches/results/NAME.json
 
 Makes a shard of photographs of about 500 x 375 (crops of scikit-image's, JPEG of quality 90, some PNG and WebP) with captions,
 and brings it to pixels of 384 x 384 and token ids by every variant in turn, round for round, all bound to the same core.
@@ -149,6 +149,7 @@ def commit():
 def main():
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("program")
+    args.add_argument("--simd", help="the same program, built with --features jpeg-simd")
     args.add_argument("--rows", type=int, default=2000)
     args.add_argument("--rounds", type=int, default=5)
     args.add_argument("--seconds", type=float, default=8, help="of ours in a round; a peer takes all rows once")
@@ -164,6 +165,8 @@ def main():
         path = os.path.join(folder, "photographs.parquet")
         formats, jpeg_bytes = make_shard(path, a.rows, a.seed)
         variants = {"capsieve": lambda: ours(a.program, path, a.seconds)}
+        if a.simd:
+            variants["capsieve, jpeg-simd"] = lambda: ours(a.simd, path, a.seconds)
         variants |= {name: lambda prepare=prepare: measured(prepare, path) for name, prepare in others.items()}
         for number in range(a.rounds):
             for name, variant in variants.items():
@@ -171,14 +174,15 @@ def main():
                 rates.setdefault(name, []).append(rate)
                 print(f"round {number}: {name}: {rate['core']:.1f} rows/s a core, {rate['wall']:.1f} by the clock", file=sys.stderr)
     medians = {name: {by: statistics.median(rate[by] for rate in of) for by in ("core", "wall")} for name, of in rates.items()}
-    ratios = {name: {by: medians["capsieve"][by] / median[by] for by in median} for name, median in medians.items()}
+    mine = [name for name in medians if name.startswith("capsieve")]
+    ratios = {name: {to: {by: medians[name][by] / medians[to][by] for by in ("core", "wall")} for to in others} for name in mine}
     result = {
         "machine": machine(), "commit": commit(), "rows": a.rows, "formats": formats, "jpeg_bytes_mean": jpeg_bytes,
         "versions": {"transformers": transformers.__version__, "pillow": PIL.__version__, "pyarrow": pa.__version__,
                      "torch": torch.__version__, "numpy": np.__version__} | versions,
-        "rows_per_second": rates, "medians": medians, "ratios_to_capsieve": ratios,
+        "rows_per_second": rates, "medians": medians, "ratios": ratios,
     }
-    print(json.dumps({"medians": medians, "ratios_to_capsieve": ratios}, indent=1))
+    print(json.dumps({"medians": medians, "ratios": ratios}, indent=1))
     if a.out:
         Path(a.out).write_text(json.dumps(result, indent=1) + "\n")
 
