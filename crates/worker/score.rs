@@ -215,10 +215,13 @@ impl OpenShard {
         };
         let totals = match pipeline::run(stages).await {
             Ok(totals) => totals,
-            // Another run of the same job was faster: its output is as good as ours.
-            Err(Error::Store(error @ (StoreError::Superseded { .. } | StoreError::Exists { .. }))) => {
+            // Another run of the same job was faster: its output is as good as ours. Or the store has taken ours, and its
+            // answer was lost.
+            Err(Error::Store(
+                error @ (StoreError::Superseded { .. } | StoreError::Exists { .. } | StoreError::Store { .. }),
+            )) => {
+                let lost = matches!(error, StoreError::Store { .. });
                 return match places.there(job, (&engine.hash, engine.precision), &identity).await {
-                    // A store may have taken our own output although its answer was lost.
                     Ok(There::Complete(counts, stats)) => {
                         places.restore(stats).await?;
                         Ok(Outcome::Complete(counts))
@@ -226,6 +229,7 @@ impl OpenShard {
                     // It was another job, and this one was to replace what is there: "exists" would be no help.
                     Err(Error::Foreign { .. }) if job.overwrite => Err(error.into()),
                     Ok(_) => Err(error.into()),
+                    Err(_) if lost => Err(error.into()),
                     Err(error) => Err(error),
                 };
             }

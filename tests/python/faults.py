@@ -96,7 +96,9 @@ def one_line(ran, *words):
     """The job failed and says why in a line for each shard and one for the job."""
     assert ran.returncode == 1, ran
     assert all(word in ran.stderr for word in words), (words, ran.stderr)
-    assert "Traceback" not in ran.stderr and len(ran.stderr.splitlines()) <= 3, ran.stderr
+    # Beside those of progress, which are there when it takes long.
+    lines = [line for line in ran.stderr.splitlines() if " INFO " not in line]
+    assert "panicked" not in ran.stderr and len(lines) <= 3, ran.stderr
 
 
 def costs_one_shard(bucket, fault, *words):
@@ -240,7 +242,7 @@ def lost_answers(bucket):
         with Proxy(bucket.s3.port, once) as proxy:
             first = score(bucket.through(proxy), source, f"s3://data/{key}")
         assert fault.seen == 1, source
-        assert first.returncode == code or first.returncode == 1 and key in first.stderr, first
+        assert first.returncode == code, first
         again = score(bucket.s3.environment, source, f"s3://data/{key}")
         assert again.returncode == code and "is already complete" in again.stdout, again
         assert bucket.s3.unfinished(key) == [], source
