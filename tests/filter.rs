@@ -306,7 +306,9 @@ fn filters_without_a_threshold_are_wrong_usage() {
         assert!(ran.code == Some(2) && ran.stderr.contains("--min-itm or --min-cosine"), "{ran:?}");
     }
     for (rejected, words) in [
-        ("to:out/", "where another shard or its output is"),
+        ("to:out/", "would be read together"),
+        ("to:out/no/", "would be read together"),
+        ("to:./", "would be read together"),
         ("to:in/no/", "lies below the input prefix"),
         ("to:no", "name a prefix that ends in '/'"),
         ("to:none/none/", "none"),

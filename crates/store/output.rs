@@ -138,7 +138,11 @@ impl Layout {
             _ => Arc::clone(&input.fields()[*index]),
         };
         let fields: Vec<FieldRef> = carried.iter().map(plain).chain(scores.iter().cloned()).collect();
-        let metadata = metadata(input, &fields, &scores, options);
+        // A list of another length than before is another feature.
+        let fixed = |index: &usize| matches!(input.field(*index).data_type(), DataType::FixedSizeList(..));
+        let shorter = selected.filter(fixed).map(|index| selection::field(&input.fields()[index]));
+        let stated: Vec<FieldRef> = shorter.into_iter().chain(scores.iter().cloned()).collect();
+        let metadata = metadata(input, &fields, &stated, options);
         let (plain, scores) = fields.split_at(carried.len());
         let encoded: Vec<FieldRef> = plain.iter().map(views::field).chain(scores.iter().cloned()).collect();
         let schema = Arc::new(Schema::new_with_metadata(fields, metadata));
@@ -148,10 +152,6 @@ impl Layout {
 
     pub(crate) fn has_thresholds(&self) -> bool {
         has_thresholds(&self.options)
-    }
-
-    pub(crate) fn options(&self) -> &OutputOptions {
-        &self.options
     }
 
     pub(crate) fn encoded(&self) -> &SchemaRef {

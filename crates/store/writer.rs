@@ -157,14 +157,16 @@ fn inverse(keep: &BooleanArray) -> BooleanArray {
     BooleanArray::from(!keep.values())
 }
 
+/// The entry of the metadata that names the work.
+const FINGERPRINT: &str = "capsieve.fingerprint";
+
 /// Whether what is there was written by the same work, told by what its metadata says of that.
 async fn is_same_work(location: &Location, layout: &Layout) -> Result<bool> {
     match Footer::read(location).await {
-        Ok(footer) => Ok(layout
-            .options()
-            .metadata
-            .iter()
-            .all(|(key, value)| footer.schema().metadata().get(key).is_some_and(|found| found == value))),
+        Ok(footer) => {
+            let (ours, theirs) = (layout.schema().metadata().get(FINGERPRINT), footer.schema().metadata());
+            Ok(ours.is_some() && ours == theirs.get(FINGERPRINT))
+        }
         Err(Error::NotFound { .. }) => Ok(false),
         Err(error) if error.is_no_shard() => Ok(false),
         Err(error) => Err(error),

@@ -118,6 +118,17 @@ pub enum Error {
         /// The output.
         output: String,
     },
+    /// Whoever reads the outputs would read the rejected rows, too.
+    #[error(
+        "the rejected rows of {rejected} and the outputs of {output} would be read together, for one lies below the other: \
+         choose another prefix"
+    )]
+    RejectedInside {
+        /// Where rejected rows would go.
+        rejected: String,
+        /// Where the others go.
+        output: String,
+    },
     /// Two shards of different inputs have the same name.
     #[error("the output of {input} would be {output}, where another shard or its output is: choose another prefix")]
     SameOutput {

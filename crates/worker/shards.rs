@@ -143,6 +143,12 @@ pub(crate) async fn plan(job: &DatasetJob) -> Result<Plan> {
     }
     let output = Root::new(&job.output, single)?;
     let rejected = job.rejected.as_ref().map(|rejected| Root::new(rejected, single)).transpose()?;
+    if let Some(rejected) = rejected.as_ref().filter(|rejected| output.many && rejected.many) {
+        let (rejected, output) = (&rejected.uri, &output.uri);
+        if is_below(rejected, output) || is_below(output, rejected) {
+            return Err(Error::RejectedInside { rejected: rejected.clone(), output: output.clone() });
+        }
+    }
     let (inputs, mut shards) = (listing.into_shards(), Vec::new());
     let (mut named, mut prefix) = (HashSet::new(), 0);
     let known: HashSet<Name> = inputs.iter().map(|input| name(input.uri())).collect();

@@ -1,5 +1,6 @@
 //! Selected captions, whatever kind of list they come in.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, BinaryArray, FixedSizeListArray, ListArray, RecordBatch, StringArray};
@@ -100,6 +101,12 @@ fn a_list_of_fixed_size_becomes_one_of_any() {
     let captions: ArrayRef = Arc::new(FixedSizeListArray::new(Arc::clone(&item), 2, Arc::new(items), Some(nulls)));
     let images: ArrayRef = Arc::new((0..3).map(|row| Some([row as u8])).collect::<BinaryArray>());
     let batch = RecordBatch::try_from_iter([("image", images), ("captions", captions)]).unwrap();
+    let value = r#"{"dtype": "string", "_type": "Value"}"#;
+    let list = format!(r#"{{"feature": {value}, "length": 2, "_type": "Sequence"}}"#);
+    let features = format!(r#"{{"info": {{"features": {{"image": {value}, "captions": {list}}}}}}}"#);
+    let metadata: HashMap<String, String> = [("huggingface".to_owned(), features)].into();
+    let schema = batch.schema().as_ref().clone().with_metadata(metadata);
+    let batch = batch.with_schema(Arc::new(schema)).unwrap();
     let folder = tempfile::tempdir().unwrap();
     write(&folder.path().join("in.parquet"), &batch);
     let score = |row| match row {
@@ -110,6 +117,10 @@ fn a_list_of_fixed_size_becomes_one_of_any() {
     wait(rescore(&at(folder.path(), "in.parquet"), &at(folder.path(), "out.parquet"), &options, score)).unwrap();
     let batch = read(&folder.path().join("out.parquet"));
     assert_eq!(*batch.schema().field_with_name("captions").unwrap().data_type(), DataType::List(item));
+    // What Hugging Face's library is told of it, too.
+    let features: serde_json::Value = serde_json::from_str(&batch.schema().metadata()["huggingface"]).unwrap();
+    let captions = &features["info"]["features"]["captions"];
+    assert!(captions["_type"] == "Sequence" && captions.get("length").is_none(), "{features}");
     let third: &[f32] = &[0.1];
     assert_eq!(found(&batch)[1..], expected(&[("null", &[]), ("4", third)]));
 }
