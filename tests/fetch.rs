@@ -235,6 +235,19 @@ fn a_silent_server_costs_its_row_ten_seconds() {
 }
 
 #[test]
+fn a_server_that_is_silent_for_all_is_left_alone() {
+    let silent = Server::start(|_, _| Reply::Late(Duration::from_secs(60), 1));
+    let well = Server::start(|_, _| Reply::Image(1));
+    let url = |row: usize| if row.is_multiple_of(2) { silent.url(&format!("/{row}")) } else { well.url("/") };
+    let start = Instant::now();
+    let found = scored(&(0..200).map(url).collect::<Vec<_>>(), &[]);
+    assert_eq!(ok(&found), 100);
+    let alone = found.iter().step_by(2).filter(|row| reason(row).contains("is left alone")).count();
+    assert!(alone >= 80, "{alone} of 100 rows");
+    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
+}
+
+#[test]
 fn addresses_beside_web_servers_keep_their_way() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("1.png"), picture(1)).unwrap();

@@ -181,9 +181,10 @@ impl Fetcher {
             let place = self.hosts.place(Some(&host)).await?;
             let answer = clock.limit(client.get(address)).await;
             match &answer {
-                Err(WebError::Connect(_)) => place.unreachable(),
-                // A host that takes long, or ours to refuse, has not shown anything.
-                Err(WebError::Slow { .. } | WebError::Refused(_)) => {}
+                // One that says nothing for as long as we wait is as good as one that is not there.
+                Err(WebError::Connect(_) | WebError::Slow { .. }) => place.unreachable(),
+                // What is ours to refuse shows nothing.
+                Err(WebError::Refused(_)) => {}
                 _ => place.reached(),
             }
             let answer = answer?;
