@@ -244,7 +244,8 @@ fn a_server_that_is_silent_for_all_is_left_alone() {
     assert_eq!(ok(&found), 100);
     let alone = found.iter().step_by(2).filter(|row| reason(row).contains("is left alone")).count();
     assert!(alone >= 80, "{alone} of 100 rows");
-    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
+    // Eight at a time, ten seconds each, all of them would take two minutes.
+    assert!(start.elapsed() < 3 * SOON, "{:?}", start.elapsed());
 }
 
 #[test]
