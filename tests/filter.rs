@@ -187,6 +187,13 @@ fn what_is_missing_of_two_outputs_is_made_again() {
         assert_eq!(names(&filtered.path("yes")), ["a.parquet", "a.stats.json", "b"]);
         assert_eq!(names(&filtered.path("no")), ["a.parquet", "b"]);
     }
+    // A manifest speaks for the output that it was written for, and no other.
+    let output = std::fs::read(filtered.path(files[0])).unwrap();
+    std::fs::write(filtered.path(files[0]), &output[..output.len() / 2]).unwrap();
+    let cut = filtered.score("yes/", &options);
+    assert!(cut.code == Some(1) && cut.stderr.contains("it is no Parquet file"), "{cut:?}");
+    std::fs::write(filtered.path(files[0]), &output).unwrap();
+    run("2: 0 scored, 2 complete already");
     // Another job's rejected rows are not replaced, and its outputs are named.
     std::fs::remove_file(filtered.path("no/a.parquet")).unwrap();
     let other = filtered.score("else/", &["--min-itm", "0.9", "--rejected", "to:no/"]);
