@@ -187,6 +187,12 @@ fn what_is_missing_of_two_outputs_is_made_again() {
         assert_eq!(names(&filtered.path("yes")), ["a.parquet", "a.stats.json", "b"]);
         assert_eq!(names(&filtered.path("no")), ["a.parquet", "b"]);
     }
+    // It is gone before its output is replaced, and comes back where that fails.
+    let strict = filtered.score("yes/", &[&options[..], &["--overwrite", "--on-error", "fail"]].concat());
+    assert!(strict.code == Some(1) && strict.stderr.contains("decode_failed"), "{strict:?}");
+    assert_eq!(names(&filtered.path("yes")), ["a.parquet", "b"]);
+    run("2: 0 scored, 2 complete already");
+    assert_eq!(names(&filtered.path("yes")), ["a.parquet", "a.stats.json", "b"]);
     // A manifest speaks for the output that it was written for, and no other.
     let output = std::fs::read(filtered.path(files[0])).unwrap();
     std::fs::write(filtered.path(files[0]), &output[..output.len() / 2]).unwrap();

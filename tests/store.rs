@@ -19,8 +19,8 @@ use std::sync::Arc;
 use arrow::array::{ArrayRef, RecordBatch};
 use arrow::compute::concat_batches;
 use capsieve_store::{
-    CaptionScore, ColumnOptions, Location, OutputHeads, OutputOptions, OutputRows, Result, RowScore, Select,
-    ShardReader, ShardWriter, Written,
+    CaptionScore, ColumnOptions, Location, OutputHeads, OutputOptions, Result, RowScore, ShardReader, ShardWriter,
+    Written,
 };
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
@@ -63,14 +63,8 @@ fn read(path: &Path) -> RecordBatch {
 
 fn options() -> OutputOptions {
     OutputOptions {
-        heads: OutputHeads { itm: true, cosine: true },
-        drop_images: false,
-        select: Select::All,
-        rows: OutputRows::All,
-        min_itm: None,
-        min_cosine: None,
         metadata: vec![("capsieve.version".to_owned(), "0.1.0".to_owned())],
-        overwrite: false,
+        ..OutputOptions::new(OutputHeads { itm: true, cosine: true })
     }
 }
 

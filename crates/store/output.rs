@@ -34,6 +34,8 @@ pub(crate) const SCORE_STATUS: &str = "score_status";
 pub(crate) const SCORE_ERROR: &str = "score_error";
 /// Every column an output of ours can have.
 const OURS: [&str; 6] = [ITM_SCORE, COSINE_SCORE, BEST_CAPTION, KEEP, SCORE_STATUS, SCORE_ERROR];
+/// Key of the metadata that names the work: outputs of one work have the same rows.
+pub const FINGERPRINT: &str = "capsieve.fingerprint";
 /// Begins the keys of our file metadata.
 const METADATA_PREFIX: &str = "capsieve.";
 /// Arrow's own note of its schema, written anew by the Parquet library.
@@ -68,6 +70,14 @@ pub struct OutputOptions {
     pub metadata: Vec<(String, String)>,
     /// Replaces an output that is there; otherwise that is an error.
     pub overwrite: bool,
+}
+
+impl OutputOptions {
+    /// All rows with these scores, where nothing is yet.
+    pub fn new(heads: OutputHeads) -> Self {
+        let (select, rows, metadata) = (Select::All, OutputRows::All, Vec::new());
+        Self { heads, drop_images: false, min_itm: None, min_cosine: None, select, rows, metadata, overwrite: false }
+    }
 }
 
 /// Which rows an output has.

@@ -17,7 +17,7 @@ use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::schema::types::ColumnPath;
 
 use crate::object::NewObject;
-use crate::output::{Layout, OutputRows};
+use crate::output::{FINGERPRINT, Layout, OutputRows};
 use crate::{Columns, Error, Footer, ImageKind, Location, OutputOptions, Result, RowScore};
 
 /// Encoded bytes of a row group at most.
@@ -156,9 +156,6 @@ impl ShardWriter {
 fn inverse(keep: &BooleanArray) -> BooleanArray {
     BooleanArray::from(!keep.values())
 }
-
-/// The entry of the metadata that names the work.
-const FINGERPRINT: &str = "capsieve.fingerprint";
 
 /// Whether what is there was written by the same work, told by what its metadata says of that.
 async fn is_same_work(location: &Location, layout: &Layout) -> Result<bool> {

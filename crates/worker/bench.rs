@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use capsieve_engine::{Batch, Config, Heads, ItmToken, Options, Scorer, Stage};
-use capsieve_store::{ColumnOptions, Location, OutputHeads, OutputOptions, OutputRows, Select, ShardWriter};
+use capsieve_store::{ColumnOptions, Location, OutputHeads, OutputOptions, ShardWriter};
 use serde::Serialize;
 
 use self::machine::{peak_memory, processor_seconds};
@@ -262,16 +262,7 @@ impl<'a> Bench<'a> {
         let folder = tempfile::tempdir().map_err(temporary)?;
         let output = Location::parse(&folder.path().join("scored.parquet").display().to_string())?;
         let heads = self.options.heads;
-        let output_options = OutputOptions {
-            heads: OutputHeads { itm: heads.itm, cosine: heads.cosine },
-            drop_images: false,
-            select: Select::All,
-            rows: OutputRows::All,
-            min_itm: None,
-            min_cosine: None,
-            metadata: Vec::new(),
-            overwrite: false,
-        };
+        let output_options = OutputOptions::new(OutputHeads { itm: heads.itm, cosine: heads.cosine });
         let Source { schema, columns, images, .. } = &self.source;
         let (scorer, hours) = Watched::new(scorer);
         let pool = Pool::start(vec![Box::new(scorer)], None, ahead);

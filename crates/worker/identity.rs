@@ -1,15 +1,13 @@
 //! What an output was made from: told by a fingerprint, and said in words in its metadata.
 
 use capsieve_engine::ItmToken;
-use capsieve_store::{Footer, Location, ObjectInfo};
+use capsieve_store::{FINGERPRINT, Footer, Location, ObjectInfo};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::model::hex;
 use crate::{Precision, ScoreJob};
 
-/// Key of the output's metadata by which a rerun recognises its own work.
-const FINGERPRINT: &str = "capsieve.fingerprint";
 const MODEL: &str = "capsieve.model";
 const PRECISION: &str = "capsieve.precision";
 const OPTIONS: &str = "capsieve.options";

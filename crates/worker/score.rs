@@ -221,6 +221,10 @@ impl OpenShard {
                 error @ (StoreError::Superseded { .. } | StoreError::Exists { .. } | StoreError::Store { .. }),
             )) => {
                 let lost = matches!(error, StoreError::Store { .. });
+                if lost && replaces {
+                    // What is there may well be what was to be replaced.
+                    return Err(error.into());
+                }
                 return match places.there(job, (&engine.hash, engine.precision), &identity).await {
                     Ok(There::Complete(counts, stats)) => {
                         places.restore(stats).await?;

@@ -12,7 +12,7 @@ use capsieve_engine::{
     Batch, Checkpoint, Device, Heads, Info, ItmToken, Options, PairScore, Precision, Scorer, SyntheticSize,
 };
 use capsieve_prep::{ImageSpec, Tokenizer};
-use capsieve_store::{ColumnOptions, OutputHeads, OutputOptions, OutputRows, Select, ShardReader};
+use capsieve_store::{ColumnOptions, OutputHeads, OutputOptions, ShardReader};
 use futures::stream::{self, StreamExt};
 use tempfile::TempDir;
 
@@ -161,16 +161,7 @@ impl<I: Iterator<Item = Read> + Send + 'static> Job<I> {
 }
 
 fn options() -> OutputOptions {
-    OutputOptions {
-        heads: OutputHeads { itm: true, cosine: false },
-        drop_images: false,
-        select: Select::All,
-        rows: OutputRows::All,
-        min_itm: None,
-        min_cosine: None,
-        metadata: Vec::new(),
-        overwrite: false,
-    }
+    OutputOptions::new(OutputHeads { itm: true, cosine: false })
 }
 
 fn chunks(count: usize) -> impl Iterator<Item = Read> + Send {
