@@ -194,6 +194,48 @@ fn an_output_replaces_no_shard() {
     let ran = capsieve(&["score", "--model", "synthetic:tiny", "--input", &input, "--output", &output, "--overwrite"]);
     assert!(ran.code == Some(1) && ran.stderr.contains("where another shard or its output is"), "{ran:?}");
     assert_eq!(files(dataset.folder.path()), before);
+    // However the output is spelt.
+    let dataset = Dataset::new(&[("x/c/d.parquet", 2), ("y/c/d.parquet", 3)]);
+    let before = files(dataset.folder.path());
+    let real = dataset.path("in/y");
+    std::os::unix::fs::symlink(&real, dataset.path("link")).unwrap();
+    for output in ["in/y/", "in/./y/", "in/x/../y/", "link/"] {
+        let ran = dataset.score(&["in/x/", "in/y/c/d.parquet"], output, &["--overwrite"]);
+        assert!(ran.code == Some(1) && ran.stderr.contains("where another shard or its output is"), "{ran:?}");
+    }
+    let from = |output: &str| {
+        let inputs = [dataset.text("in/x/"), dataset.text("in/y/c/d.parquet")];
+        let fixed = ["score", "--model", "synthetic:tiny", "--overwrite", "--output", output, "--input"];
+        run(program().current_dir(dataset.path("in")).args(fixed).args(inputs))
+    };
+    for output in ["y/", "./y/"] {
+        let ran = from(output);
+        assert!(ran.code == Some(1) && ran.stderr.contains("where another shard or its output is"), "{ran:?}");
+    }
+    std::fs::remove_file(dataset.path("link")).unwrap();
+    assert_eq!(files(dataset.folder.path()), before);
+}
+
+#[test]
+fn rows_that_hold_the_memory_which_others_need_wait_for_no_company() {
+    // Less than a batch of them fits at a time.
+    let image = |number: usize| {
+        let (width, height) = (640_u32, 480_u32);
+        let bytes = 54 + width * height * 3;
+        let mut bmp = b"BM".to_vec();
+        for field in [bytes, 0, 54, 40, width, height, 1 | 24 << 16, 0, 0, 0, 0, 0, 0] {
+            bmp.extend(field.to_le_bytes());
+        }
+        bmp.resize(bytes as usize, u8::try_from(number).unwrap());
+        bmp
+    };
+    let dataset = Dataset::new(&[]);
+    let rows: Vec<_> = (0..30).map(|row| (Some(image(row)), Some(format!("row {row}")))).collect();
+    write_parquet(&dataset.path("in.parquet"), &shard(&rows), 7);
+    let ran = dataset.score(&["in.parquet"], "out.parquet", &["--memory-limit", &(64 << 20).to_string()]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let found = read_parquet(&dataset.path("out.parquet"));
+    assert_eq!(floats(&found, "itm_score").iter().flatten().count(), rows.len());
 }
 
 #[test]

@@ -6,6 +6,7 @@ mod server;
 use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use arrow::array::{ArrayRef, RecordBatch, StringArray};
@@ -286,4 +287,35 @@ fn a_name_that_leads_to_nobody_is_no_other_error() {
     assert!(matches!(error, WebError::TooLarge { limit: 1000 }), "{error:?}");
     let error = get(&format!("{}/?s3cret", dead())).unwrap_err();
     assert!(error.is_transient() && !format!("{error:?}").contains("s3cret"), "{error:?}");
+}
+
+#[test]
+fn rows_that_are_not_scored_again_are_not_fetched_again() {
+    let mended = Arc::new(AtomicBool::new(false));
+    let seen = Arc::clone(&mended);
+    let server = Server::start(move |path, _| match path {
+        "/3" | "/5" if !seen.load(Ordering::Relaxed) => Reply::Status(404),
+        _ => Reply::Image(2),
+    });
+    let urls: Vec<String> = (0..8).map(|row| server.url(&format!("/{row}"))).collect();
+    let folder = tempfile::tempdir().unwrap();
+    let (input, output) = (folder.path().join("in.parquet"), folder.path().join("out.parquet"));
+    write_parquet(&input, &rows(&urls), 1000);
+    let path = |path: &Path| path.display().to_string();
+    let fixed = ["score", "--model", "synthetic:tiny", "--input", &path(&input), "--output", &path(&output)];
+    assert_eq!(run(program().args(fixed)).code, Some(3));
+    assert_eq!(server.requests().len(), 8);
+    mended.store(true, Ordering::Relaxed);
+    let ran = run(program().args(fixed).args(["--retry-status", "fetch_failed"]));
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert_eq!(server.requests().len(), 8 + 2);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_pipe_is_no_image() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("pipe.png").display().to_string();
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    assert!(reason(&scored(&[pipe], &[])[0]).contains("it is no regular file"));
 }

@@ -213,6 +213,42 @@ fn what_is_missing_of_two_outputs_is_made_again() {
 }
 
 #[test]
+fn kept_rows_and_rejected_ones_are_never_taken_for_each_other() {
+    let filtered = Filtered::single();
+    let options = ["--min-itm", &filtered.least];
+    let score = |output: &str, more: &[&str]| filtered.score(output, &[&options[..], more].concat());
+    assert_eq!(score("yes/", &["--kept-only"]).code, Some(3));
+    let kept = rows(&filtered.read("yes/a.parquet"));
+    // Two names that are swapped by mistake.
+    let swapped = score("other/", &["--rejected", "to:yes/"]);
+    assert!(swapped.code == Some(1) && swapped.stderr.contains("yes/a.parquet exists"), "{swapped:?}");
+    assert_same(&rows(&filtered.read("yes/a.parquet")), &kept, "swapped");
+    // A copy of the kept rows where the rejected ones are to be.
+    for name in ["a.parquet", "b/c.parquet"] {
+        std::fs::create_dir_all(filtered.path("copy/b")).unwrap();
+        std::fs::copy(filtered.path(&format!("yes/{name}")), filtered.path(&format!("copy/{name}"))).unwrap();
+    }
+    let copied = score("yes/", &["--rejected", "to:copy/"]);
+    assert!(copied.code == Some(1) && copied.stderr.contains("kept rows there, rejected rows here"), "{copied:?}");
+    // Rejected rows of a run in which another row was as good as the threshold.
+    assert_eq!(score("yes/", &["--rejected", "to:no/"]).code, Some(3));
+    let (rejected, manifest) = (filtered.path("no/a.parquet"), filtered.path("yes/a.stats.json"));
+    let whole = filtered.read("no/a.parquet");
+    write_parquet(&rejected, &whole.slice(0, whole.num_rows() - 1), 25);
+    std::fs::remove_file(&manifest).unwrap();
+    let ran = score("yes/", &["--rejected", "to:no/"]);
+    assert!(ran.stdout.contains("2: 1 scored, 1 complete"), "{ran:?}");
+    assert_same(&rows(&filtered.read("no/a.parquet")), &rows(&whole), "made again");
+    // What would be replaced by the statistics.
+    let input = filtered.path("in/a.parquet").display().to_string();
+    let (one, its) = (filtered.path("one.parquet"), filtered.path("one.stats.json"));
+    let (one, its) = (one.display().to_string(), its.display().to_string());
+    let fixed = ["score", "--model", "synthetic:tiny", "--input", &input, "--output", &one];
+    let ran = capsieve(&[&fixed[..], &options, &["--rejected", &its]].concat());
+    assert!(ran.code == Some(1) && ran.stderr.contains("one.stats.json"), "{ran:?}");
+}
+
+#[test]
 fn a_mismatch_shows_both_sides() {
     let filtered = Filtered::single();
     std::fs::create_dir(filtered.path("mine")).unwrap();

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, ListBuilder, RecordBatch, StringArray, StringBuilder};
+use arrow::array::{Array, ArrayRef, Float64Array, ListBuilder, RecordBatch, StringArray, StringBuilder};
+use arrow::datatypes::DataType;
 use tempfile::TempDir;
 
 use crate::support::{Ran, capsieve, floats, names, picture, read_parquet, write_parquet};
@@ -125,6 +126,31 @@ fn rows_that_failed_are_scored_again_and_no_others() {
         assert!(ran.stdout.contains("1: 1 scored, 0 complete already"), "{ran:?}");
         assert_same(&read_parquet(&paths.path("out/a.parquet")), &whole);
     }
+}
+
+#[test]
+fn a_score_column_of_the_users_own_is_no_score() {
+    let paths = Paths::new(&single());
+    let batch = read_parquet(&paths.path("in/a.parquet"));
+    let own: ArrayRef = Arc::new((0..ROWS).map(|row| row as f64).collect::<Float64Array>());
+    let schema = batch.schema();
+    let columns = schema.fields().iter().map(|field| field.name().clone()).zip(batch.columns().to_vec());
+    let batch = columns.map(|(name, column)| (name, column, true)).chain([("cosine_score".to_owned(), own, true)]);
+    write_parquet(&paths.path("in/a.parquet"), &RecordBatch::try_from_iter_with_nullable(batch).unwrap(), 30);
+    let column = || Arc::clone(read_parquet(&paths.path("out/a.parquet")).column_by_name("cosine_score").unwrap());
+    let ran = paths.score("out/", &["--heads", "itm"]);
+    assert!(ran.code == Some(3) && !ran.stderr.contains("left out"), "{ran:?}");
+    let before = column();
+    let ran = paths.score("out/", &["--heads", "itm", "--retry-status", "decode_failed"]);
+    assert!(ran.code == Some(3) && ran.stdout.contains("1: 1 scored, 0 complete already"), "{ran:?}");
+    assert!(before == column() && *before.data_type() == DataType::Float64);
+    // Where ours has the name, that is said.
+    let ran = paths.score("both/", &[]);
+    assert!(ran.code == Some(3) && ran.stderr.contains(r#"its column "cosine_score" is left out"#), "{ran:?}");
+    // And no word of the columns of an earlier output.
+    std::fs::rename(paths.path("both/a.parquet"), paths.path("in/a.parquet")).unwrap();
+    let ran = paths.score("again/", &[]);
+    assert!(ran.code == Some(3) && !ran.stderr.contains("left out"), "{ran:?}");
 }
 
 #[test]

@@ -167,7 +167,9 @@ pub fn is_below(inner: &str, outer: &str) -> bool {
     let slashed = |uri: &str| format!("{}/", uri.trim_end_matches('/'));
     if is_remote(inner) || is_remote(outer) {
         return match (find(inner), find(outer)) {
-            (Ok(inner), Ok(outer)) => inner.same_store(&outer) && inner.path.prefix_matches(&outer.path),
+            (Ok(inner), Ok(outer)) => {
+                inner.store_name() == outer.store_name() && inner.path.prefix_matches(&outer.path)
+            }
             _ => false,
         };
     }

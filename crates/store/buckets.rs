@@ -48,9 +48,10 @@ pub(crate) struct Object {
 }
 
 impl Object {
-    /// Whether both are in one store, by whatever scheme.
-    pub(crate) fn same_store(&self, other: &Self) -> bool {
-        self.store.to_string() == other.store.to_string()
+    /// Tells its store from all others, by whatever scheme it is named.
+    pub(crate) fn store_name(&self) -> String {
+        // Buckets say which they are, web servers do not.
+        if self.root.starts_with("http") { self.root.to_string() } else { self.store.to_string() }
     }
 }
 

@@ -6,7 +6,7 @@ use arrow_array::cast::AsArray;
 use arrow_array::types::Float32Type;
 use arrow_array::{Array, ArrayRef, RecordBatch};
 
-use crate::output::{COSINE_SCORE, ITM_SCORE, SCORE_ERROR, SCORE_STATUS};
+use crate::output::{COSINE_SCORE, FINGERPRINT, ITM_SCORE, OutputHeads, SCORE_ERROR, SCORE_STATUS};
 use crate::reader::Batches;
 use crate::{CaptionScore, Error, Footer, Location, Result, RowScore, key_texts};
 
@@ -24,14 +24,24 @@ pub struct EarlierScores {
 }
 
 impl EarlierScores {
-    /// Of the output `location`. Rows of another status than those of `standing` are to be scored again.
+    /// Of the output `location`, which the work of this fingerprint made with these heads. Rows of another status than those of
+    /// `standing` are to be scored again.
     ///
     /// # Errors
-    /// When it cannot be read, or is no output of ours.
-    pub async fn open(location: &Location, standing: Vec<&'static str>) -> Result<Self> {
+    /// When it cannot be read, or is another output.
+    pub async fn open(
+        location: &Location,
+        (fingerprint, heads): (&str, OutputHeads),
+        standing: Vec<&'static str>,
+    ) -> Result<Self> {
         let footer = Footer::read(location).await?;
-        let ours = [ITM_SCORE, COSINE_SCORE, SCORE_STATUS, SCORE_ERROR];
-        let mut roots: Vec<usize> = ours.iter().filter_map(|name| footer.schema().index_of(name).ok()).collect();
+        if footer.schema().metadata().get(FINGERPRINT).map(String::as_str) != Some(fingerprint) {
+            return Err(Error::changed(location.uri()));
+        }
+        // A head that is off has no scores of ours, but may have a column of the user's.
+        let columns = [(ITM_SCORE, heads.itm), (COSINE_SCORE, heads.cosine), (SCORE_STATUS, true), (SCORE_ERROR, true)];
+        let ours = columns.into_iter().filter_map(|(name, is_ours)| is_ours.then_some(name));
+        let mut roots: Vec<usize> = ours.filter_map(|name| footer.schema().index_of(name).ok()).collect();
         roots.sort_unstable();
         let batches = Batches::of(footer, roots, BATCH_ROWS);
         Ok(Self { batches, rows: VecDeque::new(), standing, uri: location.uri().to_owned() })

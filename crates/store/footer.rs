@@ -185,7 +185,7 @@ async fn read_metadata(location: &Location, info: &ObjectInfo) -> Result<Parquet
         return Err(Error::NotParquet { uri: location.uri().to_owned() });
     }
     let mut range = info.size.saturating_sub(TAIL_BYTES)..info.size;
-    let mut bytes = location.get_range(range.clone(), info.e_tag.as_deref()).await?;
+    let mut bytes = location.get_range(range.clone(), info).await?;
     if !bytes.ends_with(MAGIC) {
         return Err(no_footer(location, info, &bytes).await);
     }
@@ -213,7 +213,7 @@ async fn read_metadata(location: &Location, info: &ObjectInfo) -> Result<Parquet
         if range.end - range.start > FOOTER_BYTES_LONG && turn.is_none() {
             turn = Arc::clone(&LONG_FOOTERS).acquire_owned().await.ok();
         }
-        bytes = location.get_range(range.clone(), info.e_tag.as_deref()).await?;
+        bytes = location.get_range(range.clone(), info).await?;
     }
     Err(corrupt(ParquetError::EOF("the footer does not end".to_owned())))
 }
@@ -223,7 +223,7 @@ async fn no_footer(location: &Location, info: &ObjectInfo, tail: &[u8]) -> Error
     if tail.ends_with(MAGIC_ENCRYPTED) {
         return Error::Encrypted { uri };
     }
-    match location.get_range(0..MAGIC.len() as u64, info.e_tag.as_deref()).await {
+    match location.get_range(0..MAGIC.len() as u64, info).await {
         Ok(head) if head == MAGIC => Error::Cut { uri },
         Ok(head) if head == MAGIC_ENCRYPTED => Error::Encrypted { uri },
         Ok(_) => Error::NotParquet { uri },

@@ -50,7 +50,10 @@ pub use listing::{ListLimits, Listing, URI_BYTES_MAX, is_flat, is_pattern, patte
 pub use location::{Location, ObjectInfo};
 pub use models::fetch_stored_model;
 pub use names::{below, parts_below};
-pub use output::{CaptionScore, FINGERPRINT, OutputHeads, OutputOptions, OutputRows, RowScore};
+pub use output::{
+    CaptionScore, FINGERPRINT, OutputHeads, OutputOptions, OutputRows, ROWS_ALL, ROWS_KEPT, ROWS_REJECTED, RowScore,
+    rows_of,
+};
 pub use partial::remove_leftovers;
 pub use reader::{Batches, ShardReader};
 pub use rows::{CaptionCell, ImageCell, InputRow, key_texts, row, rows};

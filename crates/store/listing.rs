@@ -67,7 +67,8 @@ struct Pattern {
 /// A file that is really called so is no pattern.
 pub fn is_pattern(uri: &str) -> bool {
     // The address of a web server may have a query, and is never a pattern: there is nothing to list.
-    uri.contains(PATTERN_LETTERS) && !uri.starts_with("http") && !Path::new(uri).exists()
+    let web = ["http://", "https://"].iter().any(|scheme| uri.starts_with(scheme));
+    uri.contains(PATTERN_LETTERS) && !web && !Path::new(uri).exists()
 }
 
 /// The prefix that all matches of a pattern lie below.
@@ -190,6 +191,7 @@ impl Listing {
         let failed = |source| Error::store(asked, source);
         let mut listed = object.store.list(Some(&object.path));
         let mut found: Vec<(ObjectPath, String)> = Vec::new();
+        let mut empty = HashSet::new();
         while let Some(meta) = listed.try_next().await.map_err(failed)? {
             self.entries += 1;
             self.check_limits(asked)?;
@@ -202,10 +204,22 @@ impl Listing {
                 None => is_parquet(Path::new(&name)),
             };
             if takes && !hidden {
+                if meta.size == 0 {
+                    empty.insert(name.clone());
+                }
                 self.name_bytes += name.len();
                 found.push((meta.location, name));
             }
         }
+        // Objects without content that are called like a folder are how some programs write that it is there.
+        let above = |(_, name): &(_, String)| {
+            let folders = name.match_indices('/').map(|(end, _)| &name[..end]);
+            folders.filter(|folder| empty.contains(*folder)).map(str::to_owned).collect::<Vec<_>>()
+        };
+        let markers: HashSet<String> =
+            if empty.is_empty() { HashSet::new() } else { found.iter().flat_map(above).collect() };
+        self.name_bytes -= markers.iter().map(String::len).sum::<usize>();
+        found.retain(|(_, name)| !markers.contains(name));
         if found.is_empty() {
             let uri = asked.to_owned();
             return Err(if pattern.is_some() { Error::NoMatch { uri } } else { Error::NoShards { uri } });
@@ -320,7 +334,7 @@ impl Listing {
         }
         let new = match (shard.real_file(), shard.as_object()) {
             (Some(file), _) => self.known.insert(file),
-            (None, Some(object)) => self.known_objects.insert(format!("{}/{}", object.store, object.path)),
+            (None, Some(_)) => self.known_objects.insert(shard.identity()),
             (None, None) => true,
         };
         if new {

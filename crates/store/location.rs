@@ -10,7 +10,7 @@ use std::time::SystemTime;
 use bytes::Bytes;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
-use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt};
+use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt};
 use percent_encoding::percent_decode_str;
 
 use crate::access::blocking;
@@ -55,6 +55,17 @@ pub struct ObjectInfo {
     pub e_tag: Option<String>,
     /// When it was last written.
     pub modified: SystemTime,
+}
+
+impl ObjectInfo {
+    /// Whether an answer may be of this version.
+    fn is_same(&self, answer: &ObjectMeta) -> bool {
+        let same = match (&self.e_tag, &answer.e_tag) {
+            (Some(ours), Some(theirs)) => ours == theirs,
+            _ => self.modified == SystemTime::from(answer.last_modified),
+        };
+        same && self.size == answer.size
+    }
 }
 
 impl Location {
@@ -202,11 +213,23 @@ impl Location {
         Some(file.canonicalize().ok().filter(|real| **real != **file).map_or_else(|| Arc::clone(file), Arc::from))
     }
 
+    /// Tells the object from all others, however it is spelt: the file it really is, or the store and the name there. Names below
+    /// a folder begin with the folder's.
+    pub fn identity(&self) -> String {
+        match (self.real_file(), self.as_object()) {
+            (_, Some(object)) => format!("{}/{}", object.store_name(), object.path),
+            (Some(file), None) => format!("file:{}", file.display()),
+            (None, None) => self.uri.to_string(),
+        }
+    }
+
     /// Whether both are one object, also through symbolic or hard links and other spellings of a path.
     pub fn same_object(&self, other: &Self) -> bool {
         match (&self.place, &other.place) {
             (Place::File(ours), Place::File(theirs)) => same_file(ours, theirs),
-            (Place::Object(ours), Place::Object(theirs)) => ours.path == theirs.path && ours.same_store(theirs),
+            (Place::Object(ours), Place::Object(theirs)) => {
+                ours.path == theirs.path && ours.store_name() == theirs.store_name()
+            }
             _ => false,
         }
     }
@@ -231,6 +254,10 @@ impl Location {
         if self.as_file().is_some_and(FsPath::is_dir) {
             return Err(Error::Folder { uri: self.to_string() });
         }
+        // Whoever opened a pipe would wait for its other end.
+        if self.as_file().and_then(|file| file.metadata().ok()).is_some_and(|meta| !meta.is_file()) {
+            return Err(Error::Uri { uri: self.to_string(), reason: "it is no regular file" });
+        }
         let meta = self.store().head(&self.path()).await.map_err(|source| Error::store(&self.uri, source))?;
         Ok(ObjectInfo { size: meta.size, e_tag: meta.e_tag, modified: meta.last_modified.into() })
     }
@@ -252,23 +279,24 @@ impl Location {
     /// # Errors
     /// When it cannot be read, or was replaced meanwhile.
     pub async fn get(&self, version: &ObjectInfo) -> Result<Bytes> {
-        self.get_range(0..version.size, version.e_tag.as_deref()).await
+        self.get_range(0..version.size, version).await
     }
 
-    /// Bytes of the version that `e_tag` names; another version is [`Error::Changed`], never a mix of both.
-    pub(crate) async fn get_range(&self, range: Range<u64>, e_tag: Option<&str>) -> Result<Bytes> {
+    /// Bytes of this version; another one is [`Error::Changed`], never a mix of both. Where a server has no entity tags, the size
+    /// and the time tell versions apart.
+    pub(crate) async fn get_range(&self, range: Range<u64>, version: &ObjectInfo) -> Result<Bytes> {
         if range.is_empty() {
             return Ok(Bytes::new());
         }
         let options = GetOptions {
             range: Some(GetRange::Bounded(range)),
-            if_match: e_tag.map(str::to_owned),
+            if_match: version.e_tag.clone(),
             ..GetOptions::default()
         };
         let failed = |source| Error::store(&self.uri, source);
         let found = self.store().get_opts(&self.path(), options).await.map_err(failed)?;
         // Not every server knows conditions.
-        if e_tag.zip(found.meta.e_tag.as_deref()).is_some_and(|(asked, given)| asked != given) {
+        if !version.is_same(&found.meta) {
             return Err(Error::changed(&self.uri));
         }
         found.bytes().await.map_err(failed)

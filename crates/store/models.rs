@@ -146,7 +146,7 @@ async fn fetch(folder: &Path, config: &Location, file: &ModelFile, progress: &im
     let failed = |source| Error::store(target.uri(), source);
     let size = file.info.size;
     let ranges = (0..size.div_ceil(PIECE_BYTES)).map(|piece| piece * PIECE_BYTES..size.min((piece + 1) * PIECE_BYTES));
-    let piece = |range| source.get_range(range, file.info.e_tag.as_deref());
+    let piece = |range| source.get_range(range, &file.info);
     let mut pieces = stream::iter(ranges.map(piece)).buffered(PIECES);
     let mut upload = target.store().put_multipart(&target.path()).await.map_err(failed)?;
     let mut bytes = 0;

@@ -20,9 +20,10 @@ use arrow_array::builder::{Float32Builder, ListBuilder};
 use arrow_array::{ArrayRef, BooleanArray, Float32Array, Int32Array, RecordBatch, StringArray};
 use arrow_cast::cast;
 use arrow_schema::{ArrowError, DataType, Field, FieldRef, Schema, SchemaRef};
+use parquet::file::metadata::KeyValue;
 
 use crate::selection::{self, Select, Selected};
-use crate::{CaptionKind, Columns, Error, Location, Result, features, views};
+use crate::{CaptionKind, Columns, Error, Footer, Location, Result, features, views};
 
 pub(crate) const ITM_SCORE: &str = "itm_score";
 pub(crate) const COSINE_SCORE: &str = "cosine_score";
@@ -36,6 +37,14 @@ pub(crate) const SCORE_ERROR: &str = "score_error";
 const OURS: [&str; 6] = [ITM_SCORE, COSINE_SCORE, BEST_CAPTION, KEEP, SCORE_STATUS, SCORE_ERROR];
 /// Key of the metadata that names the work: outputs of one work have the same rows.
 pub const FINGERPRINT: &str = "capsieve.fingerprint";
+/// Key of the metadata that says which rows of the work are there, see [`OutputRows`].
+const ROWS: &str = "capsieve.rows";
+/// Its values: all of the input's, ...
+pub const ROWS_ALL: &str = "all";
+/// ... those that are kept, ...
+pub const ROWS_KEPT: &str = "kept";
+/// ... those that are not.
+pub const ROWS_REJECTED: &str = "rejected";
 /// Begins the keys of our file metadata.
 const METADATA_PREFIX: &str = "capsieve.";
 /// Arrow's own note of its schema, written anew by the Parquet library.
@@ -93,6 +102,16 @@ pub enum OutputRows {
     },
 }
 
+/// Which rows of its work an output has, as it says itself.
+pub fn rows_of(output: &Footer) -> &str {
+    output.schema().metadata().get(ROWS).map_or(ROWS_ALL, String::as_str)
+}
+
+/// The entry of an output's metadata that says so.
+pub(crate) fn rows_entry(rows: &str) -> KeyValue {
+    KeyValue { key: ROWS.to_owned(), value: Some(rows.to_owned()) }
+}
+
 /// The scores of one caption; none where the head is off or the caption is null.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct CaptionScore {
@@ -122,6 +141,8 @@ pub(crate) struct Layout {
     encoded: SchemaRef,
     /// Input columns that are carried over.
     carried: Vec<usize>,
+    /// Names of input columns that are no scores of ours, and give way to columns of ours.
+    covered: Vec<String>,
     /// The input's column of captions, where they are selected.
     selected: Option<usize>,
     lists: bool,
@@ -142,6 +163,8 @@ impl Layout {
         let carried: Vec<usize> = (0..input.fields().len())
             .filter(|index| !dropped(*index) && !replaced(input.field(*index).name()))
             .collect();
+        let names = input.fields().iter().map(|field| field.name());
+        let covered = names.filter(|name| !rescored && replaced(name)).cloned().collect();
         let selected = (lists && options.select != Select::All).then_some(columns.caption);
         let plain = |index: &usize| match input.fields().get(*index) {
             Some(captions) if selected == Some(*index) => selection::field(captions),
@@ -157,11 +180,15 @@ impl Layout {
         let encoded: Vec<FieldRef> = plain.iter().map(views::field).chain(scores.iter().cloned()).collect();
         let schema = Arc::new(Schema::new_with_metadata(fields, metadata));
         let encoded = Arc::new(Schema::new(encoded));
-        Ok(Self { schema, encoded, carried, selected, lists, options: options.clone() })
+        Ok(Self { schema, encoded, carried, covered, selected, lists, options: options.clone() })
     }
 
     pub(crate) fn has_thresholds(&self) -> bool {
         has_thresholds(&self.options)
+    }
+
+    pub(crate) fn covered(&self) -> &[String] {
+        &self.covered
     }
 
     pub(crate) fn encoded(&self) -> &SchemaRef {

@@ -241,7 +241,7 @@ async fn fetch(location: &Location, info: &ObjectInfo, ranges: &[Range<u64>]) ->
     if ranges.iter().any(|range| range.start > range.end || range.end > info.size) {
         return Err(corrupt(location, "a column chunk lies outside of the file"));
     }
-    let fetch = |range| location.get_range(range, info.e_tag.as_deref());
+    let fetch = |range| location.get_range(range, info);
     coalesce_ranges(ranges, fetch, OBJECT_STORE_COALESCE_DEFAULT).await
 }
 

@@ -87,3 +87,24 @@ fn list(
     }
     Ok(Arc::new(ListArray::try_new(item, OffsetBuffer::from_lengths(lengths), items, nulls)?))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests stop at the first surprise")]
+mod tests {
+    use arrow_array::cast::AsArray;
+    use arrow_array::{FixedSizeListArray, StringArray};
+
+    use super::*;
+
+    #[test]
+    fn what_is_behind_a_null_is_left_behind() {
+        let item = Arc::new(Field::new("item", DataType::Utf8, true));
+        let nulls = NullBuffer::from(vec![true, false, true]);
+        let items = Arc::new(StringArray::from(vec!["a", "b", "c", "d", "e", "f"]));
+        let lists: ArrayRef = Arc::new(FixedSizeListArray::new(item, 2, items, Some(nulls)));
+        let found = captions(&lists, &vec![Some(vec![1]), None, None]).unwrap();
+        let found = found.as_list::<i32>();
+        assert_eq!(found.values().as_string::<i32>().iter().flatten().collect::<Vec<_>>(), ["b", "e", "f"]);
+        assert!(found.is_null(1) && found.null_count() == 1);
+    }
+}

@@ -17,7 +17,7 @@ use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::schema::types::ColumnPath;
 
 use crate::object::NewObject;
-use crate::output::{FINGERPRINT, Layout, OutputRows};
+use crate::output::{FINGERPRINT, Layout, OutputRows, ROWS_ALL, ROWS_KEPT, ROWS_REJECTED, rows_entry, rows_of};
 use crate::{Columns, Error, Footer, ImageKind, Location, OutputOptions, Result, RowScore};
 
 /// Encoded bytes of a row group at most.
@@ -33,6 +33,8 @@ pub struct ShardWriter {
     rejected: Option<NewObject>,
     /// Only kept rows go into the object.
     kept_only: bool,
+    /// Outputs that are there are replaced.
+    overwrite: bool,
     written: Written,
 }
 
@@ -65,27 +67,33 @@ impl ShardWriter {
     ) -> Result<Self> {
         let layout = Layout::new(input, columns, options)?;
         let image = image_path(input, columns);
-        let object =
-            NewObject::create(location, &layout, properties(&layout, image.clone()), options.overwrite).await?;
         let (kept_only, rejected) = match &options.rows {
             OutputRows::All => (false, None),
             OutputRows::Kept { rejected } => (true, rejected.as_ref()),
         };
+        let rows = if kept_only { ROWS_KEPT } else { ROWS_ALL };
+        let properties = |rows| properties(&layout, image.clone(), rows);
+        let object = NewObject::create(location, &layout, properties(rows), options.overwrite).await?;
         let rejected = match rejected {
             Some(location) => {
                 // What an earlier attempt of the same work has left is replaced.
-                let overwrite = options.overwrite || is_same_work(location, &layout).await?;
-                Some(NewObject::create(location, &layout, properties(&layout, image), overwrite).await?)
+                let overwrite = options.overwrite || rejected_rows(location, &layout).await?.is_some();
+                Some(NewObject::create(location, &layout, properties(ROWS_REJECTED), overwrite).await?)
             }
             None => None,
         };
         let written = Written { kept: layout.has_thresholds().then_some(0), ..Written::default() };
-        Ok(Self { layout, object, rejected, kept_only, written })
+        Ok(Self { layout, object, rejected, kept_only, overwrite: options.overwrite, written })
     }
 
     /// The schema of the output.
     pub fn schema(&self) -> &SchemaRef {
         self.layout.schema()
+    }
+
+    /// Columns of the input that are not in the output, for columns of ours have their names.
+    pub fn covered_columns(&self) -> &[String] {
+        self.layout.covered()
     }
 
     /// What was written until now; bytes are known at the end.
@@ -132,16 +140,17 @@ impl ShardWriter {
     /// # Errors
     /// When the rest cannot be encoded or stored. Nothing is then visible under the output's name.
     pub async fn commit(self, notes: &[(String, String)]) -> Result<Written> {
-        let Self { layout, object, rejected, mut written, .. } = self;
+        let Self { layout, object, rejected, overwrite, mut written, .. } = self;
         if let Some(rejected) = rejected {
             let location = rejected.location().clone();
             let bytes = match rejected.commit(Vec::new()).await {
-                Err(error @ (Error::Exists { .. } | Error::Superseded { .. })) => {
-                    // Another run of the same job was faster, and its rows are the same.
-                    if !is_same_work(&location, &layout).await? {
-                        return Err(error);
-                    }
-                    location.head().await?.size
+                // Another run of the same job was faster, or the answer of the store was lost.
+                Err(error @ (Error::Exists { .. } | Error::Superseded { .. } | Error::Store { .. }))
+                    if !(overwrite && matches!(error, Error::Store { .. })) =>
+                {
+                    let there = rejected_rows(&location, &layout).await.ok().flatten();
+                    let same = there.filter(|there| there.rows() == written.rows - written.rows_written);
+                    same.ok_or(error)?.object_info().size
                 }
                 bytes => bytes?,
             };
@@ -157,15 +166,16 @@ fn inverse(keep: &BooleanArray) -> BooleanArray {
     BooleanArray::from(!keep.values())
 }
 
-/// Whether what is there was written by the same work, told by what its metadata says of that.
-async fn is_same_work(location: &Location, layout: &Layout) -> Result<bool> {
+/// What is there, if it is the rejected rows of the same work, told by what its metadata says of that.
+async fn rejected_rows(location: &Location, layout: &Layout) -> Result<Option<Footer>> {
+    let same = |footer: &Footer| {
+        let (ours, theirs) = (layout.schema().metadata().get(FINGERPRINT), footer.schema().metadata());
+        ours.is_some() && ours == theirs.get(FINGERPRINT) && rows_of(footer) == ROWS_REJECTED
+    };
     match Footer::read(location).await {
-        Ok(footer) => {
-            let (ours, theirs) = (layout.schema().metadata().get(FINGERPRINT), footer.schema().metadata());
-            Ok(ours.is_some() && ours == theirs.get(FINGERPRINT))
-        }
-        Err(Error::NotFound { .. }) => Ok(false),
-        Err(error) if error.is_no_shard() => Ok(false),
+        Ok(footer) => Ok(Some(footer).filter(same)),
+        Err(Error::NotFound { .. }) => Ok(None),
+        Err(error) if error.is_no_shard() => Ok(None),
         Err(error) => Err(error),
     }
 }
@@ -180,20 +190,21 @@ fn image_path(input: &SchemaRef, columns: &Columns) -> Option<ColumnPath> {
     }
 }
 
-fn properties(layout: &Layout, image: Option<ColumnPath>) -> ArrowWriterOptions {
+fn properties(layout: &Layout, image: Option<ColumnPath>, rows: &str) -> ArrowWriterOptions {
     let mut entries: Vec<KeyValue> = layout
         .schema()
         .metadata()
         .iter()
         .map(|(key, value)| KeyValue { key: key.clone(), value: Some(value.clone()) })
         .collect();
+    entries.push(rows_entry(rows));
     // A hash map's order is random, an output's bytes should not be.
     entries.sort_by(|a, b| a.key.cmp(&b.key));
     let mut properties = WriterProperties::builder()
         .set_compression(Compression::ZSTD(ZstdLevel::default()))
         .set_max_row_group_bytes(Some(ROW_GROUP_BYTES_MAX))
         .set_write_batch_size(PAGE_CHECK_ROWS)
-        .set_key_value_metadata((!entries.is_empty()).then_some(entries));
+        .set_key_value_metadata(Some(entries));
     if let Some(image) = image {
         properties = properties
             .set_column_compression(image.clone(), Compression::SNAPPY)

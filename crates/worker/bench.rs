@@ -265,7 +265,7 @@ impl<'a> Bench<'a> {
         let output_options = OutputOptions::new(OutputHeads { itm: heads.itm, cosine: heads.cosine });
         let Source { schema, columns, images, .. } = &self.source;
         let (scorer, hours) = Watched::new(scorer);
-        let pool = Pool::start(vec![Box::new(scorer)], None, ahead);
+        let pool = Pool::start(vec![Box::new(scorer)], None, &Budget::default(), ahead);
         let stages = Stages {
             input: self.source.rows(Until::Rows(count))?,
             earlier: None,

@@ -35,6 +35,12 @@ struct Shared {
 pub(crate) struct Held(Option<OwnedSemaphorePermit>);
 
 impl Held {
+    /// Takes out of it what is beyond `bytes`.
+    pub(crate) fn beyond(&mut self, bytes: usize) -> Self {
+        let held = self.0.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        self.split(held.saturating_sub(bytes.div_ceil(UNIT_BYTES)) * UNIT_BYTES)
+    }
+
     /// Takes `bytes` out of it, or what there is.
     pub(crate) fn split(&mut self, bytes: usize) -> Self {
         let Some(permit) = &mut self.0 else { return Self::default() };

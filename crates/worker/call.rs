@@ -206,7 +206,7 @@ impl Call {
         }
         self.progress.start(rows - at.row);
         let (columns, beside) = (reader.columns().clone(), Some(location.clone()));
-        let input = ShardRows::new(reader, at.row, &self.worker.engine().row_groups)?;
+        let input = ShardRows::new(reader, at.row, &self.worker.engine().row_groups)?.taking_turns();
         let position = Some(Arc::new(start));
         let shard = Shard { number, columns, beside, first: (at.row, at.caption), position: position.clone() };
         let totals = self.stream(shard, input, events).await?;

@@ -50,7 +50,7 @@ pub struct DatasetReport {
     pub complete: u64,
     /// Outputs that were written.
     pub scored_shards: u64,
-    /// Shards that have no output, and why; the first hundred.
+    /// Shards that nothing was written for, and why; the first hundred.
     pub failures: Vec<(String, Error)>,
     /// All of them.
     pub failed_shards: u64,
@@ -225,7 +225,7 @@ impl DatasetReport {
                 self.bytes += stats.bytes + stats.rejected.as_ref().map_or(0, |rejected| rejected.bytes);
             }
             Err(error) => {
-                tracing::error!(shard = input, "no output: {}", chain(error));
+                tracing::error!(shard = input, "nothing written: {}", chain(error));
                 self.failed_shards += 1;
             }
         }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use capsieve_engine::{Batch, Config, Device, Heads, ItmToken, Options, Precision, Scorer};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
+use crate::budget::Budget;
 use crate::limits::BATCH_TOKENS;
 use crate::pipeline::stage;
 use crate::queue::{Job, Queue};
@@ -128,10 +129,16 @@ pub(crate) struct Pool {
 
 impl Pool {
     /// Starts the threads. `latency` is how long a row waits for others to share its batch with; none: until the batch is full
-    /// or its call is in a hurry. `ahead`: the engines bring the next batch to their device while they compute one.
-    pub(crate) fn start(scorers: Vec<Box<dyn Scorer>>, latency: Option<Duration>, ahead: bool) -> Self {
+    /// or its call is in a hurry. `memory` is what the rows hold: where it is short none waits for others. `ahead`: the engines
+    /// bring the next batch to their device while they compute one.
+    pub(crate) fn start(
+        scorers: Vec<Box<dyn Scorer>>,
+        latency: Option<Duration>,
+        memory: &Budget,
+        ahead: bool,
+    ) -> Self {
         let smallest = scorers.iter().min_by_key(|scorer| scorer.info().images_max).expect("at least one scorer");
-        let queue = Arc::new(Queue::new(smallest.info().clone(), latency));
+        let queue = Arc::new(Queue::new(smallest.info().clone(), latency, memory.clone()));
         // Both bounded by what engines want: a batch or two for each.
         let ((to_engines, jobs), (give_back, spare)) = (unbounded(), unbounded());
         let mut threads: Vec<_> = scorers

@@ -179,12 +179,14 @@ impl Fetcher {
         let (host, mut in_hand) = (address.host(), None);
         loop {
             let place = self.hosts.place(Some(&host)).await?;
+            let patience = clock.left();
             let answer = clock.limit(client.get(address)).await;
             match &answer {
                 // One that says nothing for as long as we wait is as good as one that is not there.
-                Err(WebError::Connect(_) | WebError::Slow { .. }) => place.unreachable(),
-                // What is ours to refuse shows nothing.
-                Err(WebError::Refused(_)) => {}
+                Err(WebError::Connect(_)) => place.unreachable(),
+                Err(WebError::Slow { .. }) if patience >= FETCH_TIMEOUT / 2 => place.unreachable(),
+                // What is ours to refuse shows nothing, nor does a silence at the end of our time.
+                Err(WebError::Refused(_) | WebError::Slow { .. }) => {}
                 _ => place.reached(),
             }
             let answer = answer?;

@@ -4,7 +4,10 @@
 //! that is done costs a look at its input, its statistics and its output's size. Where a killed run wrote none, the output's own
 //! metadata says the same.
 
-use capsieve_store::{Access, Footer, FoundStats, Location, ObjectInfo, ShardReader, blocking};
+use capsieve_store::{
+    Access, Footer, FoundStats, Location, ObjectInfo, ROWS_ALL, ROWS_KEPT, ROWS_REJECTED, ShardReader, blocking,
+    stats_location,
+};
 
 use crate::identity::Identity;
 use crate::stats::{Counts, Stats};
@@ -34,7 +37,7 @@ pub(crate) struct Found {
 pub(crate) enum There {
     /// None, or one that is to be replaced.
     Nothing,
-    /// A part: its rejected rows are gone, and it is made again.
+    /// A part: its rejected rows are gone, or are not those of this output, and it is made again.
     Part,
     /// All of it, with rows that are to be scored again.
     Retry,
@@ -66,11 +69,12 @@ impl Places {
         blocking(move || {
             let (input, output) = (access.open(&input)?, access.open(&output)?);
             let rejected = rejected.map(|rejected| access.open(&rejected)).transpose()?;
-            if input.same_object(&output) {
+            let stats = stats_location(&output);
+            if input.same_object(&output) || input.same_object(&stats) {
                 return Err(Error::SameObject { uri: output.to_string() });
             }
             if let Some(rejected) =
-                rejected.iter().find(|rejected| [&input, &output].iter().any(|o| o.same_object(rejected)))
+                rejected.iter().find(|rejected| [&input, &output, &stats].iter().any(|o| o.same_object(rejected)))
             {
                 return Err(Error::SameRejected { uri: rejected.to_string() });
             }
@@ -89,25 +93,30 @@ impl Places {
         {
             return complete(job, stats.counts, None);
         }
-        let Some(footer) = footer_of(&self.output).await? else {
-            return match stats {
-                FoundStats::Foreign(uri) => Err(StoreError::Exists { uri }.into()),
-                FoundStats::Absent | FoundStats::Ours(_) => Ok(There::Nothing),
-            };
+        let rows = if job.kept_only { ROWS_KEPT } else { ROWS_ALL };
+        let foreign = |place: &Location, footer: &Footer, rows: &str| {
+            Err(Error::Foreign { uri: place.to_string(), difference: identity.difference(footer, rows) })
         };
-        let made = identity.made(&footer).then(|| Counts::of(&footer)).flatten();
-        let Some(counts) = made else {
-            return Err(Error::Foreign { uri: self.output.to_string(), difference: identity.difference(&footer) });
-        };
+        let footer = footer_of(&self.output).await?;
+        if let Some(footer) = footer.as_ref().filter(|footer| !identity.made(footer, rows)) {
+            return foreign(&self.output, footer, rows);
+        }
+        if let FoundStats::Foreign(uri) = stats {
+            return Err(StoreError::Exists { uri }.into());
+        }
+        let Some(footer) = footer else { return Ok(There::Nothing) };
+        let Some(counts) = Counts::of(&footer) else { return foreign(&self.output, &footer, rows) };
         let mut rejected_bytes = None;
         if let Some(rejected) = &self.rejected {
             match footer_of(rejected).await? {
-                Some(footer) if identity.made(&footer) => rejected_bytes = Some(footer.object_info().size),
-                Some(footer) => {
-                    let difference = identity.difference(&footer);
-                    return Err(Error::Foreign { uri: rejected.to_string(), difference });
+                Some(footer) if !identity.made(&footer, ROWS_REJECTED) => {
+                    return foreign(rejected, &footer, ROWS_REJECTED);
                 }
-                None => return Ok(There::Part),
+                // Two runs may differ in a row whose score is as good as a threshold.
+                Some(footer) if footer.rows() == counts.rows - counts.written => {
+                    rejected_bytes = Some(footer.object_info().size);
+                }
+                Some(_) | None => return Ok(There::Part),
             }
         }
         let sizes = (counts.clone(), footer.object_info().size, rejected_bytes);

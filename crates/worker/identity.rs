@@ -1,7 +1,7 @@
 //! What an output was made from: told by a fingerprint, and said in words in its metadata.
 
 use capsieve_engine::ItmToken;
-use capsieve_store::{FINGERPRINT, Footer, Location, ObjectInfo};
+use capsieve_store::{FINGERPRINT, Footer, Location, ObjectInfo, rows_of};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
@@ -54,13 +54,13 @@ impl Identity {
         Self { fingerprint, metadata }
     }
 
-    /// Whether a shard is this work's output.
-    pub(crate) fn made(&self, output: &Footer) -> bool {
-        output.schema().metadata().get(FINGERPRINT) == Some(&self.fingerprint)
+    /// Whether a shard is this work's output of these rows.
+    pub(crate) fn made(&self, output: &Footer, rows: &str) -> bool {
+        output.schema().metadata().get(FINGERPRINT) == Some(&self.fingerprint) && rows_of(output) == rows
     }
 
-    /// What the work that made `output` had that is different here, with both sides.
-    pub(crate) fn difference(&self, output: &Footer) -> String {
+    /// What the work that made `output` had that is different here, where it is to have these rows; with both sides.
+    pub(crate) fn difference(&self, output: &Footer, rows: &str) -> String {
         let there = output.schema().metadata();
         if !there.contains_key(FINGERPRINT) {
             return "it is no output of this program".to_owned();
@@ -78,6 +78,9 @@ impl Identity {
         for (key, only) in [(OPTIONS, None), (SOURCE, Some(["size", "etag", "modified"]))] {
             let (there, here) = sides(key);
             found.extend(differences(there, here, only.as_ref().map(|only| &only[..])));
+        }
+        if rows_of(output) != rows {
+            found.push(format!("{} rows there, {rows} rows here", rows_of(output)));
         }
         match found.is_empty() {
             true => "made by another version of this program".to_owned(),

@@ -48,6 +48,8 @@ pub const fn chunks_open(batch_images: usize) -> usize {
     CHUNKS_OPEN + 2 * (batch_images / CHUNK_ROWS + 1)
 }
 
+/// How long the rows of a job wait for others to fill their batch: an engine that waits longer has nothing better to do.
+pub const COMPANY: Duration = Duration::from_millis(250);
 /// Pairs that a call may add to a batch before it is another call's turn: about an image and its captions.
 pub const QUANTUM_PAIRS: usize = 4;
 /// Captions of a row that go through the engine with one pass of its image: so many that the pass is a small part of the work.
@@ -89,8 +91,10 @@ pub const CAPTION_BYTES_MAX: usize = 1 << 20;
 /// The memory of a row group that others wait for is given up, and the rest of it read again later, when nobody has taken scores
 /// for so long ...
 pub const READER_STALLS: Duration = Duration::from_millis(500);
-/// ... or when a call has had it for so long.
+/// ... or when a call has had rows of it for so long, ...
 pub const ROW_GROUP_TURN: Duration = Duration::from_secs(5);
+/// ... and for so many times what it took to have the first ones: reading it again costs as much.
+pub const ROW_GROUP_TURN_FETCHES: u32 = 4;
 /// Memory of an output while it is written, at most: a row group, and the parts on their way.
 pub const OUTPUT_BYTES: usize = 96 << 20;
 /// The same of a small shard, beside what it holds itself twice: once as encoded and once on its way.

@@ -4,7 +4,8 @@
 //! Fairness is deficit round robin (Shreedhar and Varghese, 1995) with pairs as the cost: each call in turn may spend
 //! [`QUANTUM_PAIRS`] more, so that a call of ten pairs waits for its turn and not for the ten million of another. A row of many
 //! captions waits in parts, each with the image, so that no batch grows with it. A batch goes to an engine when it is full,
-//! when a row has waited for the latency bound, or when a call says that nothing more comes before its rows are scored.
+//! when a row has waited for the latency bound, when somebody waits for memory that waiting rows may hold, or when a call says that
+//! nothing more comes before its rows are scored.
 //!
 //! A call that is dropped takes its waiting rows with it. What an engine has begun is finished: at most the batch in its
 //! hands, and on a card the one behind it.
@@ -19,7 +20,7 @@ use capsieve_store::RowScore;
 use tokio::sync::Notify;
 
 use crate::Progress;
-use crate::budget::Held;
+use crate::budget::{Budget, Held};
 use crate::limits::{BATCH_TOKENS, QUANTUM_PAIRS};
 use crate::prepare::{Content, Fault, ReadyRow};
 use crate::scores::{Awaited, CaptionResult, Scores};
@@ -32,6 +33,8 @@ pub(crate) struct Queue {
     info: Info,
     /// How long a row waits for others to share its batch with; none: until the batch is full or its call is in a hurry.
     latency: Option<Duration>,
+    /// What the waiting rows hold.
+    memory: Budget,
     next_call: AtomicU64,
     /// An engine panicked or its device is lost: nothing is scored any more.
     broken: Notify,
@@ -98,10 +101,10 @@ pub(crate) struct Job {
 type Captions = Vec<Option<&'static str>>;
 
 impl Queue {
-    pub(crate) fn new(info: Info, latency: Option<Duration>) -> Self {
+    pub(crate) fn new(info: Info, latency: Option<Duration>, memory: Budget) -> Self {
         let state = Mutex::new(State::default());
         let (changed, next_call, broken) = (Condvar::new(), AtomicU64::new(0), Notify::new());
-        Self { state, changed, info, latency, next_call, broken }
+        Self { state, changed, info, latency, memory, next_call, broken }
     }
 
     pub(crate) fn info(&self) -> &Info {
@@ -182,7 +185,8 @@ impl Queue {
     /// How long the waiting rows may still wait for others; none: until something changes.
     fn wait(&self, state: &State) -> Option<Duration> {
         let full = state.images >= self.info.images_max || state.tokens >= BATCH_TOKENS;
-        if full || state.calls.iter().any(|call| call.hurry) {
+        // Company may never come to rows that hold the memory which it needs.
+        if full || self.memory.is_wanted() || state.calls.iter().any(|call| call.hurry) {
             return Some(Duration::ZERO);
         }
         let oldest = state.calls.iter().filter_map(|call| call.rows.front()).map(|row| row.since).min()?;

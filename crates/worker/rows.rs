@@ -2,7 +2,7 @@
 //!
 //! A row group is held as it is stored while its rows are read. Calls take turns with that memory: one whose scores nobody
 //! takes gives it up, and so does one that has had it for long while another waits. What was given up is read again later, the
-//! footer too.
+//! footer too. The shards of one job take no turns: who waits loses nothing, and reading again costs all of them.
 
 use std::time::Instant;
 
@@ -11,7 +11,7 @@ use capsieve_store::{Batches, ShardReader};
 use futures::{Stream, StreamExt};
 
 use crate::budget::{Budget, Held};
-use crate::limits::{CHUNK_CAPTIONS, CHUNK_ROWS, ROW_GROUP_TURN};
+use crate::limits::{CHUNK_CAPTIONS, CHUNK_ROWS, ROW_GROUP_TURN, ROW_GROUP_TURN_FETCHES};
 use crate::{Error, Result};
 
 /// Rows in batches of at most [`CHUNK_ROWS`].
@@ -38,8 +38,9 @@ pub(crate) struct ShardRows {
     budget: Budget,
     /// What reading takes.
     bytes: usize,
-    /// Since when it is held.
-    held: Option<(Held, Instant)>,
+    /// Held, and until when it is this one's turn, once there are rows.
+    held: Option<(Held, Option<Instant>)>,
+    takes_turns: bool,
 }
 
 impl ShardRows {
@@ -51,7 +52,19 @@ impl ShardRows {
             return Err(Error::RowGroup { uri: reader.uri().to_owned(), bytes, limit: limit as u64 });
         }
         let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
-        Ok(Self { batches: reader.into_batches_from(first, rows), budget: budget.clone(), bytes, held: None })
+        Ok(Self {
+            batches: reader.into_batches_from(first, rows),
+            budget: budget.clone(),
+            bytes,
+            held: None,
+            takes_turns: false,
+        })
+    }
+
+    /// Gives memory up that others wait for.
+    #[must_use]
+    pub(crate) fn taking_turns(self) -> Self {
+        Self { takes_turns: true, ..self }
     }
 
     /// Gives up all memory, the footer's too.
@@ -63,19 +76,25 @@ impl ShardRows {
 
 impl Rows for ShardRows {
     async fn next(&mut self) -> Result<Option<RecordBatch>> {
-        if self.held.as_ref().is_some_and(|(_, since)| since.elapsed() >= ROW_GROUP_TURN) {
+        if self.held.as_ref().is_some_and(|(_, until)| until.is_some_and(|until| until <= Instant::now())) {
             self.pause();
         }
         if self.held.is_none() {
             let held = self.budget.take_or(self.bytes, || self.batches.pause()).await;
-            self.held = Some((held, Instant::now()));
+            self.held = Some((held, None));
         }
-        Ok(self.batches.next().await?)
+        let asked = Instant::now();
+        let batch = self.batches.next().await?;
+        if let Some((_, until @ None)) = &mut self.held {
+            let turn = ROW_GROUP_TURN.max(ROW_GROUP_TURN_FETCHES * asked.elapsed());
+            *until = Instant::now().checked_add(turn);
+        }
+        Ok(batch)
     }
 
     fn pause(&mut self) {
         // What nobody waits for may as well stay: reading it again is not free.
-        if self.budget.is_wanted() {
+        if self.takes_turns && self.budget.is_wanted() {
             self.release();
         }
     }
@@ -139,7 +158,7 @@ mod tests {
         let bytes = usize::try_from(reader.reading_bytes(CHUNK_ROWS)).unwrap();
         // For one of them.
         let budget = Budget::new(bytes + 3 * bytes / 4);
-        let new = || ShardRows::new(reader.clone(), 0, &budget).unwrap();
+        let new = || ShardRows::new(reader.clone(), 0, &budget).unwrap().taking_turns();
         let (mut first, mut second) = (new(), new());
         first.next().await.unwrap();
         let mut waiting = Box::pin(second.next());
@@ -147,8 +166,9 @@ mod tests {
         // Its turn is not over.
         first.next().await.unwrap();
         assert!(futures::poll!(&mut waiting).is_pending());
-        let long_ago = Instant::now().checked_sub(ROW_GROUP_TURN + Duration::from_millis(1)).unwrap();
-        first.held.as_mut().unwrap().1 = long_ago;
+        let left = first.held.as_ref().unwrap().1.unwrap().duration_since(Instant::now());
+        assert!(left > ROW_GROUP_TURN - TIMEOUT / 4 && left <= ROW_GROUP_TURN, "{left:?}");
+        first.held.as_mut().unwrap().1 = Some(Instant::now());
         let mut again = Box::pin(first.next());
         // The first gives its memory up and stands behind the second.
         assert!(futures::poll!(&mut again).is_pending());

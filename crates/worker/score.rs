@@ -162,13 +162,19 @@ pub(crate) async fn open(job: &ScoreJob, engine: Engine<'_>, access: &Access) ->
         There::Part | There::Retry => true,
     };
     let earlier = match found.there {
-        There::Retry => Some(EarlierScores::open(&found.places.output, standing(&job.retry)).await?),
+        There::Retry => {
+            let (fingerprint, heads) = (&*found.identity.fingerprint, output_heads(job));
+            Some(EarlierScores::open(&found.places.output, (fingerprint, heads), standing(&job.retry)).await?)
+        }
         _ => None,
     };
     let reader = found.reader(job).await?;
     let Found { places, identity, .. } = found;
     let options = OutputOptions { overwrite: replaces, ..output_options(job, &places, &identity) };
     let writer = ShardWriter::create(&places.output, reader.schema(), reader.columns(), &options).await?;
+    for column in writer.covered_columns() {
+        tracing::warn!(shard = job.input, "its column {column:?} is left out: the output's own has this name");
+    }
     Ok(Opened::New(Box::new(OpenShard { places, identity, reader, writer, replaces, earlier })))
 }
 
@@ -261,9 +267,13 @@ fn output_bytes(input: &ObjectInfo, rejected: bool) -> usize {
     if rejected { 2 * bytes } else { bytes }
 }
 
+fn output_heads(job: &ScoreJob) -> OutputHeads {
+    OutputHeads { itm: job.heads.itm, cosine: job.heads.cosine }
+}
+
 fn output_options(job: &ScoreJob, places: &Places, identity: &Identity) -> OutputOptions {
     OutputOptions {
-        heads: OutputHeads { itm: job.heads.itm, cosine: job.heads.cosine },
+        heads: output_heads(job),
         drop_images: job.drop_images,
         min_itm: job.thresholds.min_itm,
         min_cosine: job.thresholds.min_cosine,

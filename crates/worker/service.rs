@@ -82,14 +82,15 @@ impl Worker {
         let parts = (model.image.clone(), model.tokenizer.clone());
         let preparer = Preparer::new(options.engine.threads, parts, config.text.positions, options.policy)?;
         let part = |parts, of| Budget::part(options.memory_bytes, parts, of);
+        let budget = part(1, 2);
         let engine = SharedEngine {
             hash: model.hash()?,
             device: devices.join(", "),
             precision: engines.precision,
-            pool: Pool::start(scorers, Some(options.latency), engines.devices[0] != Device::Cpu),
+            pool: Pool::start(scorers, Some(options.latency), &budget, engines.devices[0] != Device::Cpu),
             preparer: Arc::new(preparer),
             fetcher: Arc::new(Fetcher::new(options.engine.fetches_per_host)),
-            budget: part(1, 2),
+            budget,
             row_groups: part(1, 4),
             outputs: part(3, 16),
         };

@@ -33,6 +33,9 @@ pub(crate) struct Planned {
 /// Between the parts of a name, none of which has it.
 const BETWEEN_PARTS: char = '\0';
 
+/// The name of an output that may be any.
+const ANY: &str = "shard.parquet";
+
 /// Where outputs go.
 pub(crate) struct Root {
     /// A prefix that ends in '/', or one output's own URI.
@@ -41,6 +44,8 @@ pub(crate) struct Root {
     many: bool,
     /// Its folder, where outputs are files below a prefix.
     folder: Option<PathBuf>,
+    /// What the identities of the outputs begin with, or that of the only one.
+    identity: String,
 }
 
 /// What a run does, in order.
@@ -74,8 +79,13 @@ impl Root {
         }
         let uri = if many && !uri.ends_with('/') { format!("{uri}/") } else { uri.to_owned() };
         let folder = if many && !is_remote(&uri) { Some(Access::everything().folder(&uri)?) } else { None };
-        let root = Self { uri, many, folder };
-        root.any()?.check_store()?;
+        let mut root = Self { uri, many, folder, identity: String::new() };
+        let any = root.any()?;
+        any.check_store()?;
+        root.identity = any.identity();
+        if many {
+            root.identity.truncate(root.identity.len() - ANY.len());
+        }
         Ok(root)
     }
 
@@ -89,8 +99,16 @@ impl Root {
 
     /// Where an output could be.
     pub(crate) fn any(&self) -> Result<Location> {
-        let any = if self.many { below(&self.uri, "shard.parquet") } else { self.uri.clone() };
+        let any = if self.many { below(&self.uri, ANY) } else { self.uri.clone() };
         Ok(Location::parse(&any)?)
+    }
+
+    /// What tells the output of a shard from all other objects.
+    fn identity_of(&self, shard: &Planned) -> String {
+        match self.many {
+            true => format!("{}{}", self.identity, shard.below.replace(BETWEEN_PARTS, "/")),
+            false => self.identity.clone(),
+        }
     }
 
     /// The output of a shard, which keeps the folders that it has below its prefix.
@@ -151,16 +169,17 @@ pub(crate) async fn plan(job: &DatasetJob) -> Result<Plan> {
     }
     let (inputs, mut shards) = (listing.into_shards(), Vec::new());
     let (mut named, mut prefix) = (HashSet::new(), 0);
-    let known: HashSet<Name> = inputs.iter().map(|input| name(input.uri())).collect();
+    let known: HashSet<Name> = inputs.iter().map(|input| name(&input.identity())).collect();
     for (number, input) in inputs.into_iter().enumerate() {
         while number >= prefixes[prefix].1 {
             prefix += 1;
         }
         let shard = Planned::new(&input, &prefixes[prefix].0);
-        for output in std::iter::once(&output).chain(&rejected).map(|root| root.of(&shard)) {
-            let replaces = known.contains(&name(&output)) || !named.insert(name(&output));
+        for root in std::iter::once(&output).chain(&rejected) {
+            let name = name(&root.identity_of(&shard));
+            let replaces = known.contains(&name) || !named.insert(name);
             if replaces && !single {
-                return Err(Error::SameOutput { input: input.to_string(), output });
+                return Err(Error::SameOutput { input: input.to_string(), output: root.of(&shard) });
             }
         }
         if job.partition.is_none_or(|Partition { index, count }| number % count == index) {
@@ -173,8 +192,8 @@ pub(crate) async fn plan(job: &DatasetJob) -> Result<Plan> {
 /// A name among others: a million of them would take as much memory as their letters.
 type Name = [u8; 16];
 
-fn name(uri: &str) -> Name {
+fn name(identity: &str) -> Name {
     let mut name = Name::default();
-    name.copy_from_slice(&Sha256::digest(uri)[..16]);
+    name.copy_from_slice(&Sha256::digest(identity)[..16]);
     name
 }

@@ -7,6 +7,7 @@ use tokio::sync::OnceCell;
 use crate::budget::Budget;
 use crate::engine::Pool;
 use crate::fetch::Fetcher;
+use crate::limits::COMPANY;
 use crate::prepare::Preparer;
 use crate::{Engines, LoadedModel, Precision, Result, ScoreJob, engine_options};
 
@@ -61,14 +62,15 @@ impl<'a> LazyEngine<'a> {
         let preparer = Preparer::new(job.engine.threads, parts, config.text.positions, job.policy)?;
         let devices: Vec<String> = scorers.iter().map(|scorer| scorer.info().device.clone()).collect();
         let part = |parts, of| self.memory.map_or_else(Budget::default, |bytes| Budget::part(bytes, parts, of));
+        let budget = part(1, 2);
         Ok(SharedEngine {
             hash: self.hash.clone(),
             device: devices.join(", "),
             precision: engines.precision,
-            pool: Pool::start(scorers, None, engines.ahead()),
+            pool: Pool::start(scorers, Some(COMPANY), &budget, engines.ahead()),
             preparer: Arc::new(preparer),
             fetcher: Arc::new(Fetcher::new(job.engine.fetches_per_host)),
-            budget: part(1, 2),
+            budget,
             row_groups: part(1, 4),
             outputs: part(1, 4),
         })

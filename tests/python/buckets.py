@@ -260,6 +260,18 @@ def a_worker(s3, expected):
     worker.wait(timeout=30)
 
 
+def folders_that_are_written_down(s3):
+    """What other programs leave where a folder is called like a shard."""
+    s3.put("marked/t.parquet/", b"")
+    s3.put("marked/t.parquet/part-0.parquet", shard(0, 3))
+    ran = score(s3.environment, "s3://data/marked/", "s3://data/marked-out/")
+    assert ran.returncode == 0 and "1: 1 scored" in ran.stdout, ran
+    # What is empty and no folder was not written to its end.
+    s3.put("marked/u.parquet", b"")
+    ran = score(s3.environment, "s3://data/marked/", "s3://data/marked-out/")
+    assert ran.returncode == 1 and "marked/u.parquet" in ran.stderr, ran
+
+
 def a_web_server(s3):
     s3.client.put_object_acl(Bucket="data", Key="in/00000.parquet", ACL="public-read")
     with tempfile.TemporaryDirectory() as folder:
@@ -351,6 +363,7 @@ def main():
     step("s3: what cannot be", what_cannot_be, s3)
     step("s3: a worker", a_worker, s3, expected)
     step("s3: a model", a_model, s3, expected)
+    step("s3: folders that are written down", folders_that_are_written_down, s3)
     step("s3: a web server", a_web_server, s3)
     step("s3: faults", faults, s3, expected)
     step("s3: kills", kills, s3, expected, 25)

@@ -141,6 +141,31 @@ def other_tags(bucket):
     bucket.completes(costs_one_shard(bucket, fault, "replaced"))
 
 
+def no_tags(bucket):
+    """A web server without entity tags: another version shows by its time."""
+    bucket.s3.client.put_object_acl(Bucket="data", Key=f"in/{VICTIM}", ACL="public-read")
+    for changes in (False, True):
+        requests = itertools.count()
+
+        def answer(headers):
+            kept = {name: value for name, value in headers.items() if name.lower() not in ("etag", "last-modified")}
+            # The size, the footer, and then the rows.
+            return kept | {"last-modified": f"Sat, 28 Nov 2026 10:00:0{int(changes and next(requests) > 1)} GMT"}
+
+        def fault(request):
+            del request.headers["if-match"]
+            return answer
+
+        with tempfile.TemporaryDirectory() as folder, Proxy(bucket.s3.port, fault) as proxy:
+            output = Path(folder, "out.parquet")
+            ran = score(bucket.s3.environment, f"{proxy.endpoint}/data/in/{VICTIM}", str(output))
+            if changes:
+                one_line(ran, f"in/{VICTIM}", "replaced")
+                assert next(requests) >= 3 and not output.exists()
+            else:
+                assert ran.returncode == 0 and pq.read_table(output).num_rows == SHARDS[VICTIM], ran
+
+
 def forbidden(bucket):
     """One object among many may not be read; one output may not be written."""
     bucket.completes(costs_one_shard(bucket, lambda request: "403" if key_of(request) == f"in/{VICTIM}" else None, "permission denied"))
@@ -329,7 +354,7 @@ def main():
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
     bucket = Bucket(S3(server.get_host_and_port()[1]))
-    tests = [("entity tags that change", other_tags), ("what is forbidden", forbidden),
+    tests = [("entity tags that change", other_tags), ("no entity tags", no_tags), ("what is forbidden", forbidden),
              ("uploads that are refused", broken_uploads), ("answers that are lost", lost_answers),
              ("uploads that are killed", killed_uploads), ("a full disk", full_disk)]
     # These wait for most of their time.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use capsieve_store::{Access, Error, ListLimits, Listing, Location, Result, below};
+use capsieve_store::{Access, Error, ListLimits, Listing, Location, Result, below, is_below, is_pattern};
 
 use super::{at, wait};
 
@@ -224,4 +224,17 @@ fn a_folder_is_looked_at_once_and_a_call_has_limits() {
     let (none, file) = (format!("{plain}none/"), format!("{plain}notes.txt/"));
     assert!(matches!(list(&access, LIMITS, &[&none]), Err(Error::NotFound { .. })));
     assert!(matches!(list(&access, LIMITS, &[&file]), Err(Error::NotFound { .. })));
+}
+
+#[test]
+fn web_servers_are_told_apart() {
+    let uris = ["http://127.0.0.1:1/a.parquet", "http://127.0.0.1:2/a.parquet", "https://127.0.0.1:1/a.parquet"];
+    let found =
+        list(&Access::everything(), LIMITS, &[uris[0], uris[1], uris[2], "http://127.0.0.1:1/%61.parquet"]).unwrap();
+    assert_eq!(found.iter().map(ToString::to_string).collect::<Vec<_>>(), uris);
+    assert!(!found[0].same_object(&found[1]) && found[0].same_object(&found[0]));
+    assert!(!is_below("http://127.0.0.1:1/in/a/", "http://127.0.0.1:2/in/"));
+    assert!(is_below("http://127.0.0.1:1/in/a/", "http://127.0.0.1:1/in/"));
+    // A folder may be called as they are.
+    assert!(is_pattern("httpd/*.parquet") && !is_pattern("http://host/*.parquet"));
 }

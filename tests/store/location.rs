@@ -61,6 +61,10 @@ fn links_lead_to_the_same_object() {
     for other in ["real/b.parquet", "real/none.parquet"] {
         assert!(!real.same_object(&at(base, other)), "{other}");
     }
+    let identity = |name: &str| at(base, name).identity();
+    assert_eq!(identity("link.parquet"), identity("real/./a.parquet"));
+    assert_ne!(identity("real/a.parquet"), identity("real/b.parquet"));
+    assert_eq!(identity("folder/new.parquet"), identity("real/new.parquet"));
     // Neither exists, the folder behind both is one.
     assert!(at(base, "folder/new.parquet").same_object(&at(base, "real/new.parquet")));
 }

@@ -13,7 +13,8 @@ use arrow::compute::cast;
 use arrow::datatypes::{DataType, Field, Fields, Float32Type, Int32Type, Schema};
 use arrow::record_batch::RecordBatch;
 use capsieve_store::{
-    CaptionScore, ColumnOptions, Error, Location, OutputHeads, OutputOptions, RowScore, ShardReader, ShardWriter,
+    CaptionScore, ColumnOptions, EarlierScores, Error, FINGERPRINT, Location, OutputHeads, OutputOptions, RowScore,
+    ShardReader, ShardWriter,
 };
 use object_store::memory::InMemory;
 use object_store::path::Path;
@@ -214,7 +215,10 @@ fn old_scores_are_replaced() {
     assert_eq!(names(&file), ["jpg", "caption", "key", "cosine_score", "score_status", "score_error"]);
     assert_eq!(file.column(3).as_primitive::<Float32Type>().value(0), 0.9);
     let metadata = file.schema().metadata().clone();
-    assert_eq!(metadata.len(), 1, "what an earlier run noted is gone: {metadata:?}");
+    let mut keys: Vec<&String> = metadata.keys().collect();
+    keys.sort();
+    assert_eq!(keys, ["capsieve.heads", "capsieve.rows"], "what an earlier run noted is gone");
+    assert_eq!(metadata["capsieve.heads"], "cosine");
     // A column of the user's that is called as one of ours stays where we write none.
     let user = batch(vec![("jpg", images()), ("caption", texts()), ("keep", texts())]);
     write(&folder.path().join("user.parquet"), &user);
@@ -243,7 +247,7 @@ fn images_can_be_dropped_and_metadata_follows() {
     let schema = file.schema();
     let mut keys: Vec<&String> = schema.metadata().keys().collect();
     keys.sort();
-    assert_eq!(keys, ["capsieve.version", "huggingface", "pandas"]);
+    assert_eq!(keys, ["capsieve.rows", "capsieve.version", "huggingface", "pandas"]);
     let text = &schema.metadata()["huggingface"];
     let parsed: serde_json::Value = serde_json::from_str(text).unwrap();
     let features = &parsed["info"]["features"];
@@ -286,6 +290,23 @@ fn nothing_is_visible_before_the_commit_or_after_a_drop() {
     let scores = read(to.as_file().unwrap());
     assert_eq!(scores.column_by_name("itm_score").unwrap().as_primitive::<Float32Type>().value(0), 0.7);
     assert_eq!(listed(folder.path()), [other, "in.parquet", "out.parquet"]);
+}
+
+#[test]
+fn earlier_scores_are_those_of_the_same_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let (from, to) = input(folder.path(), texts());
+    let work = |name: &str| OutputOptions {
+        metadata: vec![(FINGERPRINT.to_owned(), name.to_owned())],
+        overwrite: true,
+        ..options()
+    };
+    wait(rescore(&from, &to, &work("this"), |_| scored(0.5, 0.25))).unwrap();
+    let open = |name: &'static str| wait(EarlierScores::open(&to, (name, options().heads), vec!["ok"]));
+    let found = wait(open("this").unwrap().next(2)).unwrap();
+    assert!(found.iter().flatten().all(|row| *row == scored(0.5, 0.25)) && found.len() == 2);
+    // Another job was faster since somebody looked.
+    assert!(matches!(open("other"), Err(Error::Changed { .. })));
 }
 
 #[test]

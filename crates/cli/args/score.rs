@@ -111,12 +111,15 @@ fn share(text: &str, variable: impl Fn(&str) -> Option<String>) -> Result<Share,
     let (index, count) = match (index, count) {
         ("auto", count) => match (of("JOB_COMPLETION_INDEX")?, of("SLURM_ARRAY_TASK_ID")?) {
             (Some(index), _) => (index, count.ok_or("Kubernetes does not say how many workers there are: auto/N")?),
-            // The numbers of an array job may begin anywhere; they are taken to be one after another.
-            (None, Some(task)) => {
-                let index = task.checked_sub(of("SLURM_ARRAY_TASK_MIN")?.unwrap_or_default()).ok_or_else(bad)?;
-                let count = count.map_or_else(|| of("SLURM_ARRAY_TASK_COUNT"), |count| Ok(Some(count)))?;
-                (index, count.ok_or("SLURM_ARRAY_TASK_COUNT is not set: auto/N")?)
-            }
+            (None, Some(task)) => match count {
+                // A task that is submitted again, alone, keeps its number.
+                Some(count) => (task, count),
+                // The numbers of an array job may begin anywhere; they are taken to be one after another.
+                None => {
+                    let index = task.checked_sub(of("SLURM_ARRAY_TASK_MIN")?.unwrap_or_default()).ok_or_else(bad)?;
+                    (index, of("SLURM_ARRAY_TASK_COUNT")?.ok_or("SLURM_ARRAY_TASK_COUNT is not set: auto/N")?)
+                }
+            },
             (None, None) => return Err("neither JOB_COMPLETION_INDEX nor SLURM_ARRAY_TASK_ID is set".to_owned()),
         },
         (index, Some(count)) => (index.parse().map_err(|_| bad())?, count),
@@ -146,7 +149,8 @@ mod tests {
         assert_eq!(share("7/8", kubernetes), is(7, 8));
         assert_eq!(share("auto/5", kubernetes), is(3, 5));
         assert_eq!(share("auto", slurm), is(2, 4));
-        assert_eq!(share("auto/9", slurm), is(2, 9));
+        assert_eq!(share("auto/20", slurm), is(12, 20), "task 12, whichever others were submitted with it");
+        assert!(share("auto/9", slurm).is_err());
         for bad in ["", "1", "/", "1/", "/2", "2/2", "0/0", "-1/2", "a/b", "auto/x", "auto", "auto/2"] {
             assert!(share(bad, nothing).is_err(), "{bad}");
         }

@@ -60,6 +60,10 @@ fn interruption(command: &Command) -> &'static str {
         Command::Submit(_) => {
             "interrupted: the shards that the worker has finished stay, the same command goes on with the others"
         }
+        Command::Score(args) if args.output_rows.overwrite => {
+            "interrupted: the outputs that are there are whole, the same command scores all shards anew, without \
+             --overwrite those that have none"
+        }
         Command::Score(_) => "interrupted: the outputs that are there are whole, the same command scores what is left",
         _ => "interrupted, no output was written",
     }

@@ -26,7 +26,7 @@ pub(super) async fn run(args: ScoreArgs) -> anyhow::Result<ExitCode> {
     capsieve_worker::share_heaps();
     let model = LoadedModel::open(&args.model).await?;
     model.notes.iter().for_each(|note| tracing::warn!("{note}"));
-    let (dry_run, on_shard_error) = (args.dry_run, args.on_shard_error);
+    let (dry_run, on_shard_error, overwrite) = (args.dry_run, args.on_shard_error, args.output_rows.overwrite);
     let job = job(args);
     if dry_run {
         let mut all = Prospects::default();
@@ -49,7 +49,8 @@ pub(super) async fn run(args: ScoreArgs) -> anyhow::Result<ExitCode> {
     }
     if report.failed_shards > 0 && on_shard_error == OnShardError::Fail {
         let (failed, all) = (report.failed_shards, text::count(report.shards, "shard"));
-        bail!("{failed} of {all} failed and have no output: the same command scores what is left");
+        let again = if overwrite { "all shards anew" } else { "what is left" };
+        bail!("{failed} of {all} failed and nothing was written for them: the same command scores {again}");
     }
     // The same for the run that scored a shard and for a later one that finds it complete.
     let whole = report.failed == 0 && report.failed_shards == 0;

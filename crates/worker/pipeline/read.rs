@@ -118,10 +118,12 @@ fn chunks<R: Rows>(
             // Not the reader's time: memory is short because the engines are busy.
             let seconds = start.elapsed().as_secs_f64();
             // Asked for at once: who holds a part and waits for another could wait for ever.
-            let (pixels, reserve) = (batch.num_rows() * source.preparer.0.pixel_bytes(), reserve(&found));
-            let mut held = source.budget.take(pixels + batch.get_array_memory_size() + captions + reserve).await;
+            let pixels = batch.num_rows() * source.preparer.0.pixel_bytes();
+            let (rows, reserve) = (pixels + batch.get_array_memory_size() + captions, reserve(&found));
+            let mut held = source.budget.take(rows + reserve).await;
             let memory = Memory::new(reserve, source.budget);
-            let reserve = held.split(reserve);
+            // Where both are more than all there is, the rows keep theirs: they are held for longer.
+            let reserve = held.beyond(rows);
             let chunk = Unfetched { batch, standing, found, memory, held, ticket, reserve, seconds };
             Ok(Some((chunk, (input, earlier))))
         }

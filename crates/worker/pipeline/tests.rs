@@ -128,7 +128,7 @@ impl<I: Iterator<Item = Read> + Send + 'static> Job<I> {
                 let writer = ShardWriter::create(&output, good().schema_ref(), &columns, &options()).await.unwrap();
                 let parts = (ImageSpec::blip(64), Tokenizer::bert_uncased());
                 let preparer = Preparer::new(1, parts, 512, CaptionPolicy::default()).unwrap();
-                let pool = Pool::start(scorers, None, false);
+                let pool = Pool::start(scorers, None, &Budget::default(), false);
                 run(Stages {
                     input: Ready(stream::iter(read)),
                     earlier: None,
@@ -347,7 +347,7 @@ fn who_does_not_take_scores_holds_no_memory() {
     // Room for three chunks.
     let budget = Budget::new(3 * (ROWS * 64 * 64 * 3 + (64 << 10)));
     let whole = budget.free();
-    let pool = Pool::start(vec![scorer(3, Behaviour::Score)], Some(Duration::ZERO), false);
+    let pool = Pool::start(vec![scorer(3, Behaviour::Score)], Some(Duration::ZERO), &Budget::default(), false);
     let (rows, mut scored) = tokio::sync::mpsc::channel(1);
     let stages = Stages {
         earlier: None,

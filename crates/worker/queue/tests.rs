@@ -4,6 +4,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use capsieve_engine::{Checkpoint, Precision, Scorer, SyntheticSize};
 
+use futures::FutureExt;
 use tokio::sync::oneshot;
 
 use super::*;
@@ -51,10 +52,14 @@ struct Bench {
 }
 
 fn bench(images_max: usize, latency: Option<Duration>) -> Bench {
+    bench_with(images_max, latency, &Budget::default())
+}
+
+fn bench_with(images_max: usize, latency: Option<Duration>, memory: &Budget) -> Bench {
     let config = Checkpoint::synthetic(SyntheticSize::Tiny, 0).config().clone();
     let info = Info { config, device: "none".to_owned(), precision: Precision::F32, images_max, tokens_max: 512 };
     let ((go, word), (begin, begun)) = (channel(), channel());
-    let pool = Pool::start(vec![Box::new(Gated { info, word, begun: begin, next: 0 })], latency, false);
+    let pool = Pool::start(vec![Box::new(Gated { info, word, begun: begin, next: 0 })], latency, memory, false);
     Bench { pool, go, begun }
 }
 
@@ -264,6 +269,21 @@ fn rows_wait_for_company_no_longer_than_the_latency() {
     assert_eq!(bounded.batch(), 3);
     bounded.go.send(()).unwrap();
     assert!(is_done(&mut scores));
+}
+
+#[test]
+fn rows_wait_for_no_company_while_somebody_waits_for_memory() {
+    let memory = Budget::new(1 << 20);
+    let bench = bench_with(8, None, &memory);
+    let share = bench.join();
+    let all = memory.try_take(1 << 20).unwrap();
+    let mut waiting = Box::pin(memory.take(1 << 20));
+    assert!((&mut waiting).now_or_never().is_none());
+    let mut scores = submit(&share, 3);
+    assert_eq!(bench.batch(), 3, "company may need what they hold");
+    bench.go.send(()).unwrap();
+    assert!(is_done(&mut scores));
+    drop((waiting, all));
 }
 
 #[test]
