@@ -217,6 +217,28 @@ fn an_output_replaces_no_shard() {
 }
 
 #[test]
+fn runs_that_do_the_same_at_the_same_time_agree() {
+    let dataset = Dataset::twenty();
+    let runs: Vec<_> = (0..3)
+        .map(|_| {
+            program()
+                .args(dataset.arguments(&["in/"], "out/", &["--rejected", &dataset.text("no/"), "--min-itm", "0.5"]))
+                .spawn()
+        })
+        .collect();
+    for ran in runs {
+        let ran = ran.unwrap().wait_with_output().unwrap();
+        assert_eq!(ran.status.code(), Some(0), "{}", String::from_utf8_lossy(&ran.stderr));
+    }
+    let again = dataset.score(&["in/"], "out/", &["--rejected", &dataset.text("no/"), "--min-itm", "0.5"]);
+    assert!(again.stdout.contains("20: 0 scored, 20 complete already"), "{again:?}");
+    let rows = |folder: &str, (name, _): &(String, usize)| read_parquet(&dataset.path(folder).join(name)).num_rows();
+    for shard in &dataset.shards {
+        assert_eq!(rows("out", shard) + rows("no", shard), shard.1, "{}", shard.0);
+    }
+}
+
+#[test]
 fn rows_that_hold_the_memory_which_others_need_wait_for_no_company() {
     // Less than a batch of them fits at a time.
     let image = |number: usize| {

@@ -187,12 +187,11 @@ fn what_is_missing_of_two_outputs_is_made_again() {
         assert_eq!(names(&filtered.path("yes")), ["a.parquet", "a.stats.json", "b"]);
         assert_eq!(names(&filtered.path("no")), ["a.parquet", "b"]);
     }
-    // It is gone before its output is replaced, and comes back where that fails.
+    // It stays where its output is not replaced after all.
     let strict = filtered.score("yes/", &[&options[..], &["--overwrite", "--on-error", "fail"]].concat());
     assert!(strict.code == Some(1) && strict.stderr.contains("decode_failed"), "{strict:?}");
-    assert_eq!(names(&filtered.path("yes")), ["a.parquet", "b"]);
-    run("2: 0 scored, 2 complete already");
     assert_eq!(names(&filtered.path("yes")), ["a.parquet", "a.stats.json", "b"]);
+    run("2: 0 scored, 2 complete already");
     // A manifest speaks for the output that it was written for, and no other.
     let output = std::fs::read(filtered.path(files[0])).unwrap();
     std::fs::write(filtered.path(files[0]), &output[..output.len() / 2]).unwrap();
@@ -200,6 +199,13 @@ fn what_is_missing_of_two_outputs_is_made_again() {
     assert!(cut.code == Some(1) && cut.stderr.contains("it is no Parquet file"), "{cut:?}");
     std::fs::write(filtered.path(files[0]), &output).unwrap();
     run("2: 0 scored, 2 complete already");
+    // Also where that is as large: another run's, whose statistics came first.
+    let manifest = filtered.stats(files[1]);
+    std::fs::write(filtered.path("copy"), &output).unwrap();
+    std::fs::rename(filtered.path("copy"), filtered.path(files[0])).unwrap();
+    run("2: 0 scored, 2 complete already");
+    let renewed = filtered.stats(files[1]);
+    assert!(renewed["bytes"] == manifest["bytes"] && renewed["etag"] != manifest["etag"], "{renewed}");
     // Another job's rejected rows are not replaced, and its outputs are named.
     std::fs::remove_file(filtered.path("no/a.parquet")).unwrap();
     let other = filtered.score("else/", &["--min-itm", "0.9", "--rejected", "to:no/"]);

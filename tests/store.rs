@@ -9,6 +9,7 @@ mod location;
 mod models;
 mod output;
 mod selection;
+mod types;
 mod views;
 
 use std::fs::File;

@@ -77,6 +77,7 @@ fn code(error: &Error) -> (Code, &'static str) {
         }
         Error::RowGroup { .. } => (Code::FailedPrecondition, "ROW_GROUP_TOO_LARGE"),
         Error::Foreign { .. } => (Code::AlreadyExists, "OUTPUT_EXISTS"),
+        Error::Gone { .. } => (Code::Aborted, "OUTPUT_SUPERSEDED"),
         Error::Row { .. } | Error::RowsFailed { .. } => (Code::Aborted, "ROW_FAILED"),
         Error::Scoring(_) | Error::EngineGone | Error::Engine(_) => (Code::Internal, "ENGINE_FAILED"),
         _ => (Code::Internal, "INTERNAL"),

@@ -73,11 +73,14 @@ pub(crate) fn find(uri: &str) -> Result<Object> {
         return Err(bad("names in stores have no parts . and .."));
     }
     let url = Url::parse(uri).map_err(|_| bad("it cannot be parsed"))?;
+    let web = matches!(url.scheme(), "http" | "https");
+    if web && url.query().is_some() {
+        return Err(bad("addresses of shards have no query: of images alone they may have one"));
+    }
     if url.query().is_some() || url.fragment().is_some() {
         return Err(bad(ENCODE));
     }
     // An Azure URI names its account there, and no other has anything to say.
-    let web = matches!(url.scheme(), "http" | "https");
     if url.password().is_some() || (web && !url.username().is_empty()) {
         return Err(bad("it holds a name or a password, which would end up in logs: use environment variables"));
     }

@@ -126,8 +126,14 @@ impl Search<'_> {
                 columns: self.columns(),
             });
         }
-        for name in role.names {
-            let usable = |index: &usize| kind(self.schema.field(*index).data_type()).is_some();
+        // A column without a value is taken where there is no other.
+        for (nothing, name) in
+            [false, true].iter().flat_map(|nothing| role.names.iter().map(move |name| (nothing, name)))
+        {
+            let usable = |index: &usize| {
+                let data_type = self.schema.field(*index).data_type();
+                kind(data_type).is_some() && (*nothing || !is_nothing(data_type))
+            };
             let found: Vec<usize> = self.positions(name).filter(usable).collect();
             if let [index, rest @ ..] = found.as_slice() {
                 self.unique(name, 1 + rest.len(), role.option)?;
@@ -200,6 +206,7 @@ fn metadata_only(schema: &Schema) -> Option<String> {
     let bytes = schema
         .fields()
         .iter()
+        .filter(|field| !is_nothing(field.data_type()))
         .any(|field| matches!(image_kind(field.data_type()), Some(ImageKind::Binary | ImageKind::Struct)));
     let url = ["url", "URL"].into_iter().find(has)?;
     (IMG2DATASET_NAMES.iter().all(has) && !bytes).then(|| url.to_owned())
@@ -231,16 +238,30 @@ fn caption_kind(data_type: &DataType) -> Option<CaptionKind> {
     }
 }
 
+/// Whether it has no value but null.
+fn is_nothing(data_type: &DataType) -> bool {
+    match data_type {
+        DataType::List(item)
+        | DataType::LargeList(item)
+        | DataType::ListView(item)
+        | DataType::LargeListView(item)
+        | DataType::FixedSizeList(item, _) => is_nothing(item.data_type()),
+        other => *other == DataType::Null,
+    }
+}
+
 fn is_binary(data_type: &DataType) -> bool {
     match data_type {
         DataType::Dictionary(_, values) => is_binary(values),
-        other => matches!(other, DataType::Binary | DataType::LargeBinary | DataType::BinaryView),
+        other => {
+            matches!(other, DataType::Binary | DataType::LargeBinary | DataType::BinaryView | DataType::Null)
+        }
     }
 }
 
 fn is_string(data_type: &DataType) -> bool {
     match data_type {
         DataType::Dictionary(_, values) => is_string(values),
-        other => matches!(other, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View),
+        other => matches!(other, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View | DataType::Null),
     }
 }

@@ -13,6 +13,7 @@ use parquet::file::metadata::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::types::lossless;
 use crate::views::with_views;
 use crate::{Error, Location, ObjectInfo, Result};
 
@@ -251,11 +252,16 @@ fn check_ranges(metadata: &ParquetMetaData) -> Result<(), ParquetError> {
     Ok(())
 }
 
-/// Reads with the Arrow types the file was written from; where that note is not understood, with Parquet's own.
+/// Reads with the Arrow types the file was written from; where that note is not understood, with Parquet's own. Some of either
+/// would lose something, see [`lossless`].
 fn arrow_metadata(metadata: Arc<ParquetMetaData>) -> Result<ArrowReaderMetadata, ParquetError> {
     let options = || ArrowReaderOptions::new().with_page_index_policy(PageIndexPolicy::Skip);
-    ArrowReaderMetadata::try_new(Arc::clone(&metadata), options())
-        .or_else(|_| ArrowReaderMetadata::try_new(metadata, options().with_skip_arrow_metadata(true)))
+    let found = ArrowReaderMetadata::try_new(Arc::clone(&metadata), options())
+        .or_else(|_| ArrowReaderMetadata::try_new(Arc::clone(&metadata), options().with_skip_arrow_metadata(true)))?;
+    match lossless(found.schema(), &metadata) {
+        Some(schema) => ArrowReaderMetadata::try_new(metadata, options().with_schema(Arc::new(schema))),
+        None => Ok(found),
+    }
 }
 
 /// The same with views; without, where the library takes some column only as it is.

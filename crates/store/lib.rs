@@ -34,6 +34,7 @@ mod reader;
 mod rows;
 mod selection;
 mod stats;
+mod types;
 mod upload;
 mod views;
 mod web;
@@ -50,6 +51,7 @@ pub use listing::{ListLimits, Listing, URI_BYTES_MAX, is_flat, is_pattern, patte
 pub use location::{Location, ObjectInfo};
 pub use models::fetch_stored_model;
 pub use names::{below, parts_below};
+pub use object::WrittenObject;
 pub use output::{
     CaptionScore, FINGERPRINT, OutputHeads, OutputOptions, OutputRows, ROWS_ALL, ROWS_KEPT, ROWS_REJECTED, RowScore,
     rows_of,

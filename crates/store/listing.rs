@@ -14,6 +14,7 @@ use object_store::path::Path as ObjectPath;
 use crate::access::blocking;
 use crate::buckets::{Object, find, is_remote};
 use crate::names::below;
+use crate::web::is_web;
 use crate::{Access, Error, Location, Result};
 
 /// Bytes of a shard's URI at most: of a longer one no call can ask again for what is left of it.
@@ -67,8 +68,7 @@ struct Pattern {
 /// A file that is really called so is no pattern.
 pub fn is_pattern(uri: &str) -> bool {
     // The address of a web server may have a query, and is never a pattern: there is nothing to list.
-    let web = ["http://", "https://"].iter().any(|scheme| uri.starts_with(scheme));
-    uri.contains(PATTERN_LETTERS) && !web && !Path::new(uri).exists()
+    uri.contains(PATTERN_LETTERS) && !is_web(uri) && !Path::new(uri).exists()
 }
 
 /// The prefix that all matches of a pattern lie below.
@@ -137,6 +137,12 @@ impl Listing {
     /// # Errors
     /// As [`Access::open`]; a prefix without a shard or with one that cannot be used; more than the limits.
     pub async fn add(self, uri: &str) -> Result<Self> {
+        if is_web(uri) && uri.ends_with('/') {
+            return Err(Error::Uri {
+                uri: uri.to_owned(),
+                reason: "web servers cannot be listed: name the shards themselves",
+            });
+        }
         if is_remote(uri) && uri.ends_with('/') {
             return self.add_remote(uri, None, uri).await;
         }

@@ -135,7 +135,10 @@ impl Location {
         let place = match &self.place {
             Place::File(file) => Place::File(file.with_file_name(name).into()),
             Place::Object(object) => {
-                Place::Object(Object { path: object.path.parent().unwrap_or_default().join(name), ..object.clone() })
+                let parent = object.path.parent().unwrap_or_default();
+                // As it is: joined to a path, a name would be encoded once more.
+                let path = Path::parse(format!("{parent}/{name}")).unwrap_or_else(|_| parent.join(name));
+                Place::Object(Object { path, ..object.clone() })
             }
         };
         Self { uri: uri.into(), place }
@@ -254,12 +257,18 @@ impl Location {
         if self.as_file().is_some_and(FsPath::is_dir) {
             return Err(Error::Folder { uri: self.to_string() });
         }
-        // Whoever opened a pipe would wait for its other end.
-        if self.as_file().and_then(|file| file.metadata().ok()).is_some_and(|meta| !meta.is_file()) {
-            return Err(Error::Uri { uri: self.to_string(), reason: "it is no regular file" });
-        }
+        self.check_regular()?;
         let meta = self.store().head(&self.path()).await.map_err(|source| Error::store(&self.uri, source))?;
         Ok(ObjectInfo { size: meta.size, e_tag: meta.e_tag, modified: meta.last_modified.into() })
+    }
+
+    /// Whoever opened a pipe would wait for its other end.
+    pub(crate) fn check_regular(&self) -> Result<()> {
+        match self.as_file().and_then(|file| file.metadata().ok()).is_some_and(|meta| !meta.is_file() && !meta.is_dir())
+        {
+            true => Err(Error::Uri { uri: self.to_string(), reason: "it is no regular file" }),
+            false => Ok(()),
+        }
     }
 
     /// Size, entity tag and time, when the object has at most `bytes_max` bytes.
@@ -400,8 +409,14 @@ fn resolve_folder(path: &FsPath) -> Option<PathBuf> {
     let folder = absolute.parent()?;
     // A folder that is missed on the way to one that is there (a/none/../b) is no way round the links of the latter.
     let folder = folder.canonicalize().or_else(|_| without_dots(folder).canonicalize());
-    let folder = folder.unwrap_or_else(|_| without_dots(absolute.parent().unwrap_or(&absolute)));
+    let folder = folder.unwrap_or_else(|_| as_far_as_there(&without_dots(absolute.parent().unwrap_or(&absolute))));
     Some(folder.join(name))
+}
+
+/// A folder that is missing, below the last one on its way that is there, whose links are resolved.
+fn as_far_as_there(folder: &FsPath) -> PathBuf {
+    let found = folder.ancestors().find_map(|above| Some((above, above.canonicalize().ok()?)));
+    found.map_or_else(|| folder.to_owned(), |(above, real)| real.join(folder.strip_prefix(above).unwrap_or(folder)))
 }
 
 /// `a/../b` without the dots: only used where the folder does not exist.

@@ -13,7 +13,39 @@ use parquet::file::metadata::KeyValue;
 use crate::output::Layout;
 use crate::partial::{Partial, remove_leftovers};
 use crate::upload::Upload;
-use crate::{Error, Location, Result};
+use crate::{Error, Location, ObjectInfo, Result};
+
+/// An object that was written, as it can be known again.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WrittenObject {
+    /// Its bytes.
+    pub bytes: u64,
+    /// The store's name for its content, if it has one.
+    pub e_tag: Option<String>,
+}
+
+impl From<&ObjectInfo> for WrittenObject {
+    fn from(info: &ObjectInfo) -> Self {
+        Self { bytes: info.size, e_tag: info.e_tag.clone() }
+    }
+}
+
+impl WrittenObject {
+    /// Whether it is still there.
+    ///
+    /// # Errors
+    /// When the store cannot say.
+    pub async fn is_at(&self, location: &Location) -> Result<bool> {
+        match location.head().await {
+            Ok(info) => {
+                let same = self.e_tag.as_ref().zip(info.e_tag.as_ref()).is_none_or(|(ours, theirs)| ours == theirs);
+                Ok(same && info.size == self.bytes)
+            }
+            Err(Error::NotFound { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}
 
 /// Dropped before [`NewObject::commit`], nothing becomes visible.
 pub(crate) struct NewObject {
@@ -35,6 +67,8 @@ impl NewObject {
     ) -> Result<Self> {
         location.check_store()?;
         location.check_folder()?;
+        // Devices, pipes and sockets are nobody's outputs, whoever may replace them.
+        location.check_regular()?;
         if !overwrite && location.exists().await? {
             return Err(Error::Exists { uri: location.uri().to_owned() });
         }
@@ -57,8 +91,8 @@ impl NewObject {
     }
 
     /// Completes the object, with these entries in its metadata beside the layout's, and makes it visible under its name, on disk
-    /// if it is a local file. Then removes what killed runs left of the same output. Gives its bytes.
-    pub(crate) async fn commit(mut self, entries: Vec<KeyValue>) -> Result<u64> {
+    /// if it is a local file. Then removes what killed runs left of the same output.
+    pub(crate) async fn commit(mut self, entries: Vec<KeyValue>) -> Result<WrittenObject> {
         let finish = move |encoder: &mut ArrowWriter<Vec<u8>>| {
             entries.into_iter().for_each(|entry| encoder.append_key_value_metadata(entry));
             encoder.finish().map(drop)
@@ -66,11 +100,11 @@ impl NewObject {
         self.encode(finish).await?;
         let bytes = self.encoder.as_ref().map_or(0, |encoder| encoder.bytes_written() as u64);
         let Self { location, upload, partial, overwrite, .. } = self;
-        upload.finish().await.map_err(|source| commit_error(&location, &partial, source))?;
+        let e_tag = upload.finish().await.map_err(|source| commit_error(&location, &partial, source))?;
         publish(&location, &partial, overwrite).await?;
         drop(partial);
         remove_leftovers(&location).await;
-        Ok(bytes)
+        Ok(WrittenObject { bytes, e_tag })
     }
 
     /// Encodes on a blocking thread, then hands finished row groups to the store.

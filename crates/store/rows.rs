@@ -188,6 +188,8 @@ pub(crate) fn list_range(array: &ArrayRef, row: usize) -> (usize, usize) {
 
 /// A column of strings.
 enum Strings<'a> {
+    /// Of a type that has no other value.
+    Null,
     Small(&'a StringArray),
     Large(&'a LargeStringArray),
     View(&'a StringViewArray),
@@ -200,12 +202,14 @@ impl<'a> Strings<'a> {
             DataType::Utf8 => Self::Small(array.as_string()),
             DataType::LargeUtf8 => Self::Large(array.as_string()),
             DataType::Utf8View => Self::View(array.as_string_view()),
+            DataType::Null => Self::Null,
             _ => Self::Dictionary(Keys::new(array), Box::new(Self::new(array.as_any_dictionary().values()))),
         }
     }
 
     fn get(&self, index: usize) -> Option<&'a str> {
         match self {
+            Self::Null => None,
             Self::Small(array) => array.is_valid(index).then(|| array.value(index)),
             Self::Large(array) => array.is_valid(index).then(|| array.value(index)),
             Self::View(array) => array.is_valid(index).then(|| array.value(index)),
@@ -216,6 +220,8 @@ impl<'a> Strings<'a> {
 
 /// A column of byte strings.
 enum Binaries<'a> {
+    /// Of a type that has no other value.
+    Null,
     Small(&'a BinaryArray),
     Large(&'a LargeBinaryArray),
     View(&'a BinaryViewArray),
@@ -228,12 +234,14 @@ impl<'a> Binaries<'a> {
             DataType::Binary => Self::Small(array.as_binary()),
             DataType::LargeBinary => Self::Large(array.as_binary()),
             DataType::BinaryView => Self::View(array.as_binary_view()),
+            DataType::Null => Self::Null,
             _ => Self::Dictionary(Keys::new(array), Box::new(Self::new(array.as_any_dictionary().values()))),
         }
     }
 
     fn get(&self, index: usize) -> Option<&'a [u8]> {
         match self {
+            Self::Null => None,
             Self::Small(array) => array.is_valid(index).then(|| array.value(index)),
             Self::Large(array) => array.is_valid(index).then(|| array.value(index)),
             Self::View(array) => array.is_valid(index).then(|| array.value(index)),

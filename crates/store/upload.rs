@@ -87,8 +87,8 @@ impl Upload {
         Ok(())
     }
 
-    /// Completes the object.
-    pub(crate) async fn finish(mut self) -> Result<()> {
+    /// Completes the object; gives its entity tag.
+    pub(crate) async fn finish(mut self) -> Result<Option<String>> {
         if self.multipart.is_none() {
             return self.put().await;
         }
@@ -105,17 +105,17 @@ impl Upload {
             });
         }
         // Dropped meanwhile, it is given up as before.
-        self.multipart.as_mut().expect("it was begun").complete().await?;
+        let done = self.multipart.as_mut().expect("it was begun").complete().await?;
         self.multipart = None;
-        Ok(())
+        Ok(done.e_tag)
     }
 
     /// All of it in one request, which the store does or refuses as a whole.
-    async fn put(&mut self) -> Result<()> {
+    async fn put(&mut self) -> Result<Option<String>> {
         let payload = PutPayload::from_iter(std::mem::take(&mut self.pending));
         let mode = if self.only_new { PutMode::Create } else { PutMode::Overwrite };
         let options = PutOptions::from(mode);
-        self.location.store().put_opts(&self.location.path(), payload, options).await.map(drop)
+        self.location.store().put_opts(&self.location.path(), payload, options).await.map(|done| done.e_tag)
     }
 
     async fn send(&mut self) -> Result<()> {

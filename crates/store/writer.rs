@@ -16,8 +16,9 @@ use parquet::file::metadata::KeyValue;
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::schema::types::ColumnPath;
 
-use crate::object::NewObject;
+use crate::object::{NewObject, WrittenObject};
 use crate::output::{FINGERPRINT, Layout, OutputRows, ROWS_ALL, ROWS_KEPT, ROWS_REJECTED, rows_entry, rows_of};
+use crate::stats::remove_stats;
 use crate::{Columns, Error, Footer, ImageKind, Location, OutputOptions, Result, RowScore};
 
 /// Encoded bytes of a row group at most.
@@ -39,18 +40,18 @@ pub struct ShardWriter {
 }
 
 /// What a shard's output holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Written {
     /// Rows of the input.
     pub rows: u64,
-    /// Bytes of the object.
-    pub bytes: u64,
+    /// The object.
+    pub object: WrittenObject,
     /// Rows of the object.
     pub rows_written: u64,
     /// Rows with a caption that passes the thresholds, where there are any.
     pub kept: Option<u64>,
-    /// Bytes of the rejected rows' object, where there is one.
-    pub rejected_bytes: Option<u64>,
+    /// The rejected rows' object, where there is one.
+    pub rejected: Option<WrittenObject>,
 }
 
 impl ShardWriter {
@@ -138,26 +139,40 @@ impl ShardWriter {
     /// on one output at a time the slower one fails here.
     ///
     /// # Errors
-    /// When the rest cannot be encoded or stored. Nothing is then visible under the output's name.
+    /// When the rest cannot be encoded or stored: nothing is then visible under the output's name. When another run has replaced
+    /// what was written.
     pub async fn commit(self, notes: &[(String, String)]) -> Result<Written> {
         let Self { layout, object, rejected, overwrite, mut written, .. } = self;
-        if let Some(rejected) = rejected {
-            let location = rejected.location().clone();
-            let bytes = match rejected.commit(Vec::new()).await {
+        let (location, rejected_location) =
+            (object.location().clone(), rejected.as_ref().map(|to| to.location().clone()));
+        if let Some((rejected, location)) = rejected.zip(rejected_location.clone()) {
+            let committed = match rejected.commit(Vec::new()).await {
                 // Another run of the same job was faster, or the answer of the store was lost.
                 Err(error @ (Error::Exists { .. } | Error::Superseded { .. } | Error::Store { .. }))
                     if !(overwrite && matches!(error, Error::Store { .. })) =>
                 {
                     let there = rejected_rows(&location, &layout).await.ok().flatten();
                     let same = there.filter(|there| there.rows() == written.rows - written.rows_written);
-                    same.ok_or(error)?.object_info().size
+                    same.ok_or(error)?.object_info().into()
                 }
-                bytes => bytes?,
+                committed => committed?,
             };
-            written.rejected_bytes = Some(bytes);
+            written.rejected = Some(committed);
+        }
+        if overwrite {
+            // They would speak of another output than the one that is there from the next moment on.
+            remove_stats(&location).await?;
         }
         let entry = |(key, value): &(String, String)| KeyValue { key: key.clone(), value: Some(value.clone()) };
-        written.bytes = object.commit(notes.iter().map(entry).collect()).await?;
+        written.object = object.commit(notes.iter().map(entry).collect()).await?;
+        // Of two runs that replace the same, each may have had the last word once.
+        let objects =
+            [(Some(&location), Some(&written.object)), (rejected_location.as_ref(), written.rejected.as_ref())];
+        for (location, object) in objects.into_iter().filter_map(|(location, object)| location.zip(object)) {
+            if !object.is_at(location).await? {
+                return Err(Error::Superseded { uri: location.to_string() });
+            }
+        }
         Ok(written)
     }
 }

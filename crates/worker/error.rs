@@ -182,6 +182,12 @@ pub enum Error {
         /// The folder.
         path: String,
     },
+    /// An output, or what was written of it, was removed meanwhile.
+    #[error("{uri} is gone: somebody removed it, or what was written of it, meanwhile; run the same command again")]
+    Gone {
+        /// The output.
+        uri: String,
+    },
     /// The processor computes in f32 only.
     #[error("--precision {precision}: the device cpu has only f32")]
     CpuPrecision {

@@ -1,12 +1,12 @@
 //! What is there of a job before anything is done: its input, and perhaps its output, whole.
 //!
-//! An output's statistics are its manifest: written last, they say what the output was made from and how large it is, so a shard
-//! that is done costs a look at its input, its statistics and its output's size. Where a killed run wrote none, the output's own
-//! metadata says the same.
+//! An output's statistics are its manifest: written last, they say what the output was made from and which version of it they
+//! speak of, so a shard that is done costs a look at its input, its statistics and its output's version. Where a killed run wrote
+//! none, or the output is another one, the output's own metadata says the same.
 
 use capsieve_store::{
-    Access, Footer, FoundStats, Location, ObjectInfo, ROWS_ALL, ROWS_KEPT, ROWS_REJECTED, ShardReader, blocking,
-    stats_location,
+    Access, Footer, FoundStats, Location, ObjectInfo, ROWS_ALL, ROWS_KEPT, ROWS_REJECTED, ShardReader, WrittenObject,
+    blocking, stats_location,
 };
 
 use crate::identity::Identity;
@@ -106,7 +106,7 @@ impl Places {
         }
         let Some(footer) = footer else { return Ok(There::Nothing) };
         let Some(counts) = Counts::of(&footer) else { return foreign(&self.output, &footer, rows) };
-        let mut rejected_bytes = None;
+        let mut rejected_object = None;
         if let Some(rejected) = &self.rejected {
             match footer_of(rejected).await? {
                 Some(footer) if !identity.made(&footer, ROWS_REJECTED) => {
@@ -114,13 +114,13 @@ impl Places {
                 }
                 // Two runs may differ in a row whose score is as good as a threshold.
                 Some(footer) if footer.rows() == counts.rows - counts.written => {
-                    rejected_bytes = Some(footer.object_info().size);
+                    rejected_object = Some(footer.object_info().into());
                 }
                 Some(_) | None => return Ok(There::Part),
             }
         }
-        let sizes = (counts.clone(), footer.object_info().size, rejected_bytes);
-        complete(job, counts, Some(Stats::new(job, engine, &identity.fingerprint, sizes)))
+        let made = (counts.clone(), footer.object_info().into(), rejected_object);
+        complete(job, counts, Some(Stats::new(job, engine, &identity.fingerprint, made)))
     }
 
     /// Tidies up after a run that was killed between an output and its statistics.
@@ -134,13 +134,14 @@ impl Places {
 
     /// Whether everything is there that the statistics speak of.
     async fn is_whole(&self, stats: &Stats) -> Result<bool> {
-        if !is_there(&self.output, stats.bytes).await? {
+        let object = |bytes, etag: &Option<String>| WrittenObject { bytes, e_tag: etag.clone() };
+        if !object(stats.bytes, &stats.etag).is_at(&self.output).await? {
             return Ok(false);
         }
         match (&self.rejected, &stats.rejected) {
             (None, _) => Ok(true),
             (Some(rejected), Some(written)) if rejected.uri() == written.output => {
-                is_there(rejected, written.bytes).await
+                Ok(object(written.bytes, &written.etag).is_at(rejected).await?)
             }
             (Some(_), _) => Ok(false),
         }
@@ -157,19 +158,12 @@ fn complete(job: &ScoreJob, counts: Counts, stats: Option<Stats>) -> Result<Ther
     Ok(There::Complete(counts, stats.map(Box::new)))
 }
 
-async fn is_there(location: &Location, bytes: u64) -> Result<bool> {
-    match location.head().await {
-        Ok(info) => Ok(info.size == bytes),
-        Err(StoreError::NotFound { .. }) => Ok(false),
-        Err(error) => Err(error.into()),
-    }
-}
-
 /// The footer of what is there, if anything is.
 async fn footer_of(location: &Location) -> Result<Option<Footer>> {
     match Footer::read(location).await {
         Ok(footer) => Ok(Some(footer)),
         Err(StoreError::NotFound { .. }) => Ok(None),
+        Err(error @ StoreError::Folder { .. }) => Err(error.into()),
         // What is no whole Parquet file is no output of ours; a store that does not answer says nothing about it.
         Err(error) if error.is_no_shard() => {
             let difference = "it is no Parquet file".to_owned();

@@ -19,6 +19,9 @@ use crate::shared::{LazyEngine, SharedEngine};
 use crate::stats::{Counts, Stats};
 use crate::{CaptionPolicy, EngineChoice, Error, LoadedModel, Progress, Result, StoreError};
 
+/// How often an output is looked for that appears while it is begun: it, its rejected rows, and then there is one.
+const LOOKS: usize = 3;
+
 /// The least scores of a row that is kept.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Thresholds {
@@ -152,6 +155,18 @@ pub(crate) struct OpenShard {
 
 /// Opens input and output, or finds that the work is done.
 pub(crate) async fn open(job: &ScoreJob, engine: Engine<'_>, access: &Access) -> Result<Opened> {
+    let mut looks = 0;
+    loop {
+        looks += 1;
+        match open_once(job, engine, access).await {
+            // Another run was faster since we looked.
+            Err(Error::Store(StoreError::Exists { .. })) if !job.overwrite && looks < LOOKS => {}
+            opened => return opened,
+        }
+    }
+}
+
+async fn open_once(job: &ScoreJob, engine: Engine<'_>, access: &Access) -> Result<Opened> {
     let found = Found::look(job, engine, access).await?;
     let replaces = match found.there {
         There::Complete(counts, stats) => {
@@ -197,10 +212,6 @@ impl OpenShard {
         let mut input_rows = ShardRows::new(reader, 0, &engine.row_groups)?;
         let bytes = output_bytes(&info, places.rejected.is_some());
         let _held = engine.outputs.take_or(bytes, || input_rows.release()).await;
-        if replaces {
-            // They would speak of another output than the one that is there from the next moment on.
-            capsieve_store::remove_stats(&places.output).await?;
-        }
         progress.start(rows);
         let start = Instant::now();
         let stages = Stages {
@@ -238,6 +249,7 @@ impl OpenShard {
                     }
                     // It was another job, and this one was to replace what is there: "exists" would be no help.
                     Err(Error::Foreign { .. }) if job.overwrite => Err(error.into()),
+                    Ok(There::Nothing) if !lost => Err(Error::Gone { uri: places.output.to_string() }),
                     Ok(_) => Err(error.into()),
                     Err(_) if lost => Err(error.into()),
                     Err(error) => Err(error),
@@ -246,9 +258,9 @@ impl OpenShard {
             Err(error) => return Err(error),
         };
         assert_eq!(totals.written.rows, rows, "every row that was read was written");
-        let written = totals.written;
-        let sizes = (Counts::new(&totals, &written), written.bytes, written.rejected_bytes);
-        let stats = Stats::new(job, (&engine.hash, engine.precision), &identity.fingerprint, sizes);
+        let written = &totals.written;
+        let made = (Counts::new(&totals, written), written.object.clone(), written.rejected.clone());
+        let stats = Stats::new(job, (&engine.hash, engine.precision), &identity.fingerprint, made);
         let stats = stats.timed(&engine.device, &totals, start.elapsed().as_secs_f64());
         capsieve_store::write_stats(&places.output, &stats).await?;
         Ok(Outcome::Done(Box::new(stats)))

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use capsieve_store::{Footer, Written};
+use capsieve_store::{Footer, Written, WrittenObject};
 use serde::{Deserialize, Serialize};
 
 use crate::pipeline::Totals;
@@ -41,6 +41,9 @@ pub struct Rejected {
     pub rows: u64,
     /// Bytes of the object.
     pub bytes: u64,
+    /// Its entity tag, see [`Stats::etag`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub etag: Option<String>,
 }
 
 /// What a finished job has to say; also the content of `NAME.stats.json`.
@@ -66,6 +69,9 @@ pub struct Stats {
     pub counts: Counts,
     /// Bytes of the output.
     pub bytes: u64,
+    /// The store's name for the output's content: these statistics speak of no other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub etag: Option<String>,
     /// Rows that are not kept, where they are written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rejected: Option<Rejected>,
@@ -106,14 +112,15 @@ impl Counts {
 }
 
 impl Stats {
-    /// Of an output of so many bytes, without what only the run knows that made it.
+    /// Of an output, without what only the run knows that made it.
     pub(crate) fn new(
         job: &ScoreJob,
         (hash, precision): (&str, Precision),
         fingerprint: &str,
-        (counts, bytes, rejected_bytes): (Counts, u64, Option<u64>),
+        (counts, object, rejected_object): (Counts, WrittenObject, Option<WrittenObject>),
     ) -> Self {
-        let rejected = |(output, bytes)| Rejected { output, rows: counts.rows - counts.written, bytes };
+        let rows = counts.rows - counts.written;
+        let rejected = |(output, WrittenObject { bytes, e_tag })| Rejected { output, rows, bytes, etag: e_tag };
         Self {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             input: job.input.clone(),
@@ -122,9 +129,10 @@ impl Stats {
             fingerprint: fingerprint.to_owned(),
             device: String::new(),
             precision: precision.name().to_owned(),
-            rejected: job.rejected.clone().zip(rejected_bytes).map(rejected),
+            rejected: job.rejected.clone().zip(rejected_object).map(rejected),
             counts,
-            bytes,
+            bytes: object.bytes,
+            etag: object.e_tag,
             seconds: BTreeMap::new(),
             pairs_per_second: None,
         }

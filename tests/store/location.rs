@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use capsieve_store::{Access, Error, FoundStats, Location, read_stats, remove_stats, stats_location, write_stats};
+use capsieve_store::{
+    Access, Error, FoundStats, Location, is_below, read_stats, remove_stats, stats_location, write_stats,
+};
+use object_store::ObjectStoreExt;
 use object_store::memory::InMemory;
 use object_store::path::Path;
 
@@ -65,6 +68,10 @@ fn links_lead_to_the_same_object() {
     assert_eq!(identity("link.parquet"), identity("real/./a.parquet"));
     assert_ne!(identity("real/a.parquet"), identity("real/b.parquet"));
     assert_eq!(identity("folder/new.parquet"), identity("real/new.parquet"));
+    // A folder that is missing below a link to one that is there.
+    let (below, real) = (base.join("folder/x/y/"), base.join("real/"));
+    assert!(is_below(below.to_str().unwrap(), real.to_str().unwrap()));
+    assert_eq!(identity("folder/x/y/new.parquet"), identity("real/x/y/new.parquet"));
     // Neither exists, the folder behind both is one.
     assert!(at(base, "folder/new.parquet").same_object(&at(base, "real/new.parquet")));
 }
@@ -157,10 +164,15 @@ fn siblings_and_references() {
 #[test]
 fn stores_that_are_not_files_work_alike() {
     let store = Arc::new(InMemory::new());
-    let shard = Location::in_store(store, Path::from("data/0.parquet"), "memory://data/0.parquet");
+    let shard = Location::in_store(Arc::clone(&store) as _, Path::from("data/0.parquet"), "memory://data/0.parquet");
     wait(shard.put(bytes::Bytes::from_static(b"abc"))).unwrap();
     assert_eq!(whole(&shard, 3).unwrap(), "abc");
     assert_eq!(shard.sibling("1.parquet").to_string(), "memory://data/1.parquet");
+    let odd = Path::parse("data/\u{fc}%20{a}.parquet").unwrap();
+    let statistics = stats_location(&Location::in_store(Arc::clone(&store) as _, odd, "memory://data/odd"));
+    wait(statistics.put(bytes::Bytes::from_static(b"{}"))).unwrap();
+    let found = wait(store.head(&Path::parse("data/\u{fc}%20{a}.stats.json").unwrap()));
+    assert!(found.is_ok(), "names stay as they are: {found:?}");
     wait(shard.sibling("1.jpg").put(bytes::Bytes::from_static(b"jpg"))).unwrap();
     assert_eq!(whole(&shard.resolve("1.jpg").unwrap(), 3).unwrap(), "jpg");
     assert!(shard.same_object(&shard.sibling("0.parquet")));

@@ -55,7 +55,7 @@ fn extras() -> Vec<(&'static str, ArrayRef)> {
         map.values().append_option((row % 2 == 0).then_some("v"));
         map.append(row % 3 != 0).unwrap();
     }
-    let dictionary = DataType::Dictionary(Box::new(DataType::Int8), Box::new(DataType::Utf8));
+    let dictionary = DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8));
     let times: Vec<Option<i64>> = (0..ROWS as i64).map(|row| (row != 3).then_some(row * 1_234_567)).collect();
     let decimals = Decimal128Array::from(vec![Some(-12345); ROWS]).with_precision_and_scale(20, 3).unwrap();
     let hashes = FixedSizeBinaryArray::try_from_iter((0..ROWS).map(|row| [row as u8; 16])).unwrap();
@@ -113,7 +113,7 @@ fn every_input_column_survives() {
             }));
         let written = written.unwrap();
         assert_eq!((written.rows, written.kept), (ROWS as u64, None), "{names:?}");
-        assert_eq!(written.bytes, output.metadata().unwrap().len());
+        assert_eq!(written.object.bytes, output.metadata().unwrap().len());
         let (before, after) = (read(&input), read(&output));
         let carried = carried(&after, names.len());
         assert_eq!(carried.schema().fields(), before.schema().fields(), "{names:?}");
@@ -286,10 +286,24 @@ fn nothing_is_visible_before_the_commit_or_after_a_drop() {
     let again = wait(rescore(&from, &to, &options(), |_| scored(0.6, 0.5)));
     assert!(matches!(again, Err(Error::Exists { .. })), "{again:?}");
     let overwrite = OutputOptions { overwrite: true, ..options() };
+    std::fs::write(folder.path().join("out.stats.json"), "of another output").unwrap();
     wait(rescore(&from, &to, &overwrite, |_| scored(0.7, 0.5))).unwrap();
     let scores = read(to.as_file().unwrap());
     assert_eq!(scores.column_by_name("itm_score").unwrap().as_primitive::<Float32Type>().value(0), 0.7);
     assert_eq!(listed(folder.path()), [other, "in.parquet", "out.parquet"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_pipe_is_replaced_by_no_output() {
+    let folder = tempfile::tempdir().unwrap();
+    let (from, to) = input(folder.path(), texts());
+    let pipe = to.as_file().unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(pipe).status().unwrap().success());
+    let overwrite = OutputOptions { overwrite: true, ..options() };
+    let error = wait(rescore(&from, &to, &overwrite, |_| scored(0.7, 0.5))).unwrap_err();
+    assert!(error.to_string().contains("it is no regular file"), "{error}");
+    assert!(!pipe.metadata().unwrap().is_file());
 }
 
 #[test]

@@ -90,7 +90,7 @@ async fn one(command: Command) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Ends with Ctrl-C or a polite request to stop.
+/// Ends with Ctrl-C or a polite request to stop. Not with a hangup: who listens for that undoes `nohup`.
 async fn interrupted() -> anyhow::Result<()> {
     let context = "cannot listen for Ctrl-C";
     #[cfg(unix)]
