@@ -30,6 +30,7 @@ mod names;
 mod object;
 mod output;
 mod partial;
+mod paths;
 mod reader;
 mod rows;
 mod selection;

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::path::{Component, Path as FsPath, PathBuf};
+use std::path::{Path as FsPath, PathBuf};
 use std::sync::{Arc, LazyLock};
 use std::time::SystemTime;
 
@@ -16,6 +16,7 @@ use percent_encoding::percent_decode_str;
 use crate::access::blocking;
 use crate::buckets::{self, Object};
 use crate::names::{below, scheme};
+use crate::paths::{file_path, resolve_folder, same_file};
 use crate::{Error, Result};
 
 /// Bytes of a file's name at most, on every common file system.
@@ -390,61 +391,4 @@ impl fmt::Debug for Location {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(out, "Location({})", self.uri)
     }
-}
-
-fn file_path(uri: &str) -> Option<PathBuf> {
-    // The parser would end the path there, make slashes of them, or leave them out.
-    let lost = |letter: char| matches!(letter, '?' | '#' | '\\') || letter.is_ascii_control();
-    if uri.contains(lost) || uri.ends_with(' ') || uri.to_ascii_lowercase().contains("%2f") {
-        return None;
-    }
-    url::Url::parse(uri).ok()?.to_file_path().ok()
-}
-
-/// An absolute path whose folder is spelt in one way only. A missing folder keeps its spelling: reading from it fails
-/// later, with the name the user knows.
-fn resolve_folder(path: &FsPath) -> Option<PathBuf> {
-    let absolute = std::path::absolute(path).ok()?;
-    let name = absolute.file_name()?.to_owned();
-    let folder = absolute.parent()?;
-    // A folder that is missed on the way to one that is there (a/none/../b) is no way round the links of the latter.
-    let folder = folder.canonicalize().or_else(|_| without_dots(folder).canonicalize());
-    let folder = folder.unwrap_or_else(|_| as_far_as_there(&without_dots(absolute.parent().unwrap_or(&absolute))));
-    Some(folder.join(name))
-}
-
-/// A folder that is missing, below the last one on its way that is there, whose links are resolved.
-fn as_far_as_there(folder: &FsPath) -> PathBuf {
-    let found = folder.ancestors().find_map(|above| Some((above, above.canonicalize().ok()?)));
-    found.map_or_else(|| folder.to_owned(), |(above, real)| real.join(folder.strip_prefix(above).unwrap_or(folder)))
-}
-
-/// `a/../b` without the dots: only used where the folder does not exist.
-fn without_dots(folder: &FsPath) -> PathBuf {
-    let mut clean = PathBuf::new();
-    for part in folder.components() {
-        match part {
-            Component::ParentDir => drop(clean.pop()),
-            Component::CurDir => {}
-            other => clean.push(other),
-        }
-    }
-    clean
-}
-
-fn same_file(ours: &FsPath, theirs: &FsPath) -> bool {
-    let real = |path: &FsPath| path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    real(ours) == real(theirs) || same_inode(ours, theirs)
-}
-
-#[cfg(unix)]
-fn same_inode(ours: &FsPath, theirs: &FsPath) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    let identity = |path: &FsPath| path.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
-    identity(ours).is_some() && identity(ours) == identity(theirs)
-}
-
-#[cfg(not(unix))]
-fn same_inode(_: &FsPath, _: &FsPath) -> bool {
-    false
 }
