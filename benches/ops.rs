@@ -1,4 +1,4 @@
-//! Each operation of the CPU backend beside its bound: `cargo bench --bench ops [-- --threads N]`.
+//! Each operation of the CPU backend beside its bound, in every precision: `cargo bench --bench ops [-- --threads N]`.
 //!
 //! Products and attention are compared with what multiply-adds between registers reach in the same run, layer norm with
 //! nothing: compare its bytes per second with the machine's memory.
@@ -7,6 +7,7 @@
 
 use std::time::Instant;
 
+use capsieve_engine::Precision;
 use capsieve_engine::testing::{AttentionLimits, Backend, Columns, CpuBackend, Epilogue, Isa, Span, ceiling};
 
 const ROUNDS: usize = 5;
@@ -79,11 +80,15 @@ fn main() {
     let position = arguments.iter().position(|a| a == "--threads");
     let threads = position.map_or(0, |i| arguments[i + 1].parse().unwrap());
     for isa in Isa::available() {
-        let mut backend = CpuBackend::new(threads, isa, AttentionLimits { keys: 577, head_size: 64 }).unwrap();
-        let peak = ceiling(isa, threads) / 1e9;
-        println!("\n{}: multiply-adds reach {peak:.0} GFLOP/s", backend.device());
-        products(&mut backend, peak);
-        attention(&mut backend, peak);
-        layer_norm(&mut backend);
+        for precision in [Precision::F32, Precision::Bf16, Precision::Int8] {
+            let limits = AttentionLimits { keys: 577, head_size: 64 };
+            let mut backend = CpuBackend::new(threads, isa, precision, limits).unwrap();
+            let peak = ceiling(isa, precision, threads) / 1e9;
+            let (device, name) = (backend.device(), precision.name());
+            println!("\n{device}, {name}: multiply-adds reach {peak:.0} GFLOP/s");
+            products(&mut backend, peak);
+            attention(&mut backend, peak);
+            layer_norm(&mut backend);
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 mod cuda;
+mod precisions;
 
 #[cfg(feature = "emulator")]
 use capsieve_engine::testing::Order;
@@ -31,6 +32,8 @@ const OPTIONS: Options = Options {
     heads: Heads { itm: true, cosine: true },
     itm_token: ItmToken::Cls,
 };
+
+const LIMITS: AttentionLimits = AttentionLimits { keys: 577, head_size: 64 };
 
 /// What the same tests run on.
 #[derive(Clone, Copy, Debug)]
@@ -66,7 +69,7 @@ fn load(oracle: &Oracle, target: Target, options: &Options) -> Box<dyn Watched> 
     let lut = pixel_lut(oracle.image_size);
     match target {
         Target::Cpu(isa) => {
-            let backend = CpuBackend::new(options.threads, isa, AttentionLimits { keys: 577, head_size: 64 }).unwrap();
+            let backend = CpuBackend::new(options.threads, isa, options.precision, LIMITS).unwrap();
             Box::new(Model::load(backend, &checkpoint, &lut, options).unwrap())
         }
         #[cfg(feature = "emulator")]

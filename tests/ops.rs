@@ -5,6 +5,7 @@
 //! must still be poisoned afterwards. Inputs are rounded to what the backend stores, so that the reference sees the same.
 
 mod checks;
+mod operands;
 
 use capsieve_engine::Precision;
 use capsieve_engine::testing::{AttentionLimits, Backend, CpuBackend, Isa};
@@ -24,7 +25,10 @@ const LIMITS: AttentionLimits = AttentionLimits { keys: 700, head_size: 80 };
 /// What a check runs on.
 struct On {
     name: String,
+    /// Of products.
     precision: Precision,
+    /// Of what is stored: processors round only what they multiply.
+    storage: Precision,
 }
 
 impl On {
@@ -33,16 +37,18 @@ impl On {
         match self.precision {
             Precision::F32 | Precision::Tf32 => 0.0,
             Precision::F16 => 1.0 / 2048.0,
-            Precision::Bf16 => 1.0 / 256.0,
+            Precision::Bf16 | Precision::Int8 => 1.0 / 256.0,
         }
     }
 
+    /// A value that loses nothing when it is multiplied.
     fn stored(&self, value: f32) -> f32 {
-        match self.precision {
-            Precision::F32 | Precision::Tf32 => value,
-            Precision::F16 => half::f16::from_f32(value).to_f32(),
-            Precision::Bf16 => half::bf16::from_f32(value).to_f32(),
-        }
+        rounded(value, self.precision)
+    }
+
+    /// A value that is stored and not multiplied.
+    fn kept(&self, value: f32) -> f32 {
+        rounded(value, self.storage)
     }
 
     /// Seeded values in [-2, 2) as this backend stores them.
@@ -81,15 +87,24 @@ fn values(count: usize, seed: u64) -> Vec<f32> {
     (0..count).map(|_| next()).collect()
 }
 
+fn rounded(value: f32, precision: Precision) -> f32 {
+    match precision {
+        Precision::F32 | Precision::Tf32 => value,
+        Precision::F16 => half::f16::from_f32(value).to_f32(),
+        Precision::Bf16 | Precision::Int8 => half::bf16::from_f32(value).to_f32(),
+    }
+}
+
 /// Makes tests of checks that are generic over the backend.
 macro_rules! on_every_backend {
     ($($test:ident)*) => {$(
         #[test]
         fn $test() {
             for isa in Isa::available() {
-                for threads in [1, 3] {
-                    let mut backend = CpuBackend::new(threads, isa, LIMITS).unwrap();
-                    let on = On { name: format!("{} x {threads}", isa.name()), precision: Precision::F32 };
+                for (threads, precision) in [(1, Precision::F32), (3, Precision::F32), (2, Precision::Bf16)] {
+                    let mut backend = CpuBackend::new(threads, isa, precision, LIMITS).unwrap();
+                    let name = format!("{} x {threads} {}", isa.name(), precision.name());
+                    let on = On { name, precision, storage: Precision::F32 };
                     checks::$test(&mut backend, &on);
                 }
             }
@@ -97,7 +112,7 @@ macro_rules! on_every_backend {
             for order in crate::support::ORDERS {
                 for precision in [Precision::F32, Precision::F16, Precision::Bf16] {
                     let mut backend = crate::support::emulated(order, precision, 2048);
-                    let on = On { name: format!("emulator {order:?} {}", precision.name()), precision };
+                    let on = On { name: format!("emulator {order:?} {}", precision.name()), precision, storage: precision };
                     checks::$test(&mut backend, &on);
                 }
             }
@@ -113,7 +128,7 @@ macro_rules! on_every_backend {
                 fn $test() {
                     for precision in [Precision::F32, Precision::F16, Precision::Bf16] {
                         let mut backend = crate::support::card(precision, 2048);
-                        let on = On { name: format!("card {}", precision.name()), precision };
+                        let on = On { name: format!("card {}", precision.name()), precision, storage: precision };
                         checks::$test(&mut backend, &on);
                     }
                 }

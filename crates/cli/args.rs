@@ -63,7 +63,7 @@ pub(crate) struct EngineArgs {
     /// What computes: auto, cpu, cuda or cuda:N[,N...]
     #[arg(long, env = "CAPSIEVE_DEVICE", default_value = "auto", value_parser = device)]
     pub(crate) device: Device,
-    /// Arithmetic of the products; the CPU has f32, cards all; auto: f16 on cards
+    /// Arithmetic of the products; the CPU has f32, bf16 and int8, cards all but int8; auto: f32 and f16
     #[arg(long, env = "CAPSIEVE_PRECISION", default_value = "auto")]
     pub(crate) precision: PrecisionArg,
     /// Images that go through the engine at a time: a number, or auto
@@ -212,6 +212,7 @@ pub(crate) enum PrecisionArg {
     Tf32,
     Bf16,
     F16,
+    Int8,
 }
 
 impl From<EngineArgs> for EngineChoice {
@@ -222,6 +223,7 @@ impl From<EngineArgs> for EngineChoice {
             PrecisionArg::Tf32 => Some(Precision::Tf32),
             PrecisionArg::Bf16 => Some(Precision::Bf16),
             PrecisionArg::F16 => Some(Precision::F16),
+            PrecisionArg::Int8 => Some(Precision::Int8),
         };
         Self {
             device: args.device.0,

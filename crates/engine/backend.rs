@@ -23,6 +23,17 @@ pub enum Epilogue {
     Accumulate,
 }
 
+/// How much rounding a layer bears.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Care {
+    /// That of the precision.
+    Usual,
+    /// No more than 16 bits, where the precision has bytes.
+    Sensitive,
+    /// As little as a backend can: what leaves the network, of which there is little.
+    Exact,
+}
+
 /// A block of columns of a matrix: one of the q, k, v parts of a fused projection.
 #[derive(Debug)]
 pub struct Columns<'a, Buf> {
@@ -99,6 +110,12 @@ pub trait Backend: Send {
 
     /// A linear layer from `weight [out, in]` row-major and `bias [out]`.
     fn linear_weights(&self, weight: &[f32], bias: &[f32], inputs: usize) -> Result<Self::Linear, Error>;
+
+    /// The same of a layer that may bear less rounding than others; a backend without bytes need not tell them apart.
+    fn careful_weights(&self, care: Care, weight: &[f32], bias: &[f32], inputs: usize) -> Result<Self::Linear, Error> {
+        let _ = care;
+        self.linear_weights(weight, bias, inputs)
+    }
 
     /// A layer norm from `gain [cols]` and `bias [cols]`.
     fn norm_weights(&self, gain: &[f32], bias: &[f32], eps: f32) -> Result<Self::Norm, Error>;

@@ -70,16 +70,19 @@ pub enum Precision {
     F16,
     /// 16-bit floats with f32's range and 7 bits of mantissa.
     Bf16,
+    /// Bytes: weights with a scale for each output, activations with one for each row; on the processor only.
+    Int8,
 }
 
 impl Precision {
-    /// "f32", "tf32", "f16" or "bf16".
+    /// "f32", "tf32", "f16", "bf16" or "int8".
     pub fn name(self) -> &'static str {
         match self {
             Precision::F32 => "f32",
             Precision::Tf32 => "tf32",
             Precision::F16 => "f16",
             Precision::Bf16 => "bf16",
+            Precision::Int8 => "int8",
         }
     }
 }
@@ -108,7 +111,7 @@ pub enum Device {
 pub struct Options {
     /// What computes.
     pub device: Device,
-    /// In which arithmetic; the CPU has f32 only.
+    /// In which arithmetic; processors have f32, bf16 and int8, cards all but int8.
     pub precision: Precision,
     /// Threads of the engine's pool; 0: one per core.
     pub threads: usize,
@@ -241,7 +244,7 @@ pub fn profile(
 /// No such device, no memory.
 pub fn ceiling(checkpoint: &Checkpoint, options: &Options) -> Result<f64, Error> {
     match options.device {
-        Device::Cpu => Ok(cpu::ceiling(cpu::Isa::detect(), options.threads)),
+        Device::Cpu => Ok(cpu::ceiling(cpu::Isa::detect(), options.precision, options.threads)),
         #[cfg(feature = "cuda")]
         Device::Cuda(ordinal) => profile::product_ceiling(cuda_backend(ordinal, checkpoint, options)?),
         #[cfg(not(feature = "cuda"))]
@@ -253,8 +256,7 @@ pub fn ceiling(checkpoint: &Checkpoint, options: &Options) -> Result<f64, Error>
 }
 
 fn cpu_backend(checkpoint: &Checkpoint, options: &Options) -> Result<cpu::CpuBackend, Error> {
-    assert_eq!(options.precision, Precision::F32, "the CPU computes in f32");
-    cpu::CpuBackend::new(options.threads, cpu::Isa::detect(), attention_limits(checkpoint.config()))
+    cpu::CpuBackend::new(options.threads, cpu::Isa::detect(), options.precision, attention_limits(checkpoint.config()))
 }
 
 #[cfg(feature = "cuda")]

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use crate::backend::{Backend, Columns, Epilogue, Patches, Span, TextRows};
+use crate::backend::{Backend, Care, Columns, Epilogue, Patches, Span, TextRows};
 use crate::checkpoint::Checkpoint;
 use crate::model::Model;
 use crate::{Batch, Error, Options, PixelLut, Precision, Scorer};
@@ -144,6 +144,11 @@ impl<B: Backend> Backend for Profiled<B> {
 
     fn linear_weights(&self, weight: &[f32], bias: &[f32], inputs: usize) -> Result<Self::Linear, Error> {
         Ok(Layer { inner: self.inner.linear_weights(weight, bias, inputs)?, inputs, outputs: bias.len() })
+    }
+
+    fn careful_weights(&self, care: Care, weight: &[f32], bias: &[f32], inputs: usize) -> Result<Self::Linear, Error> {
+        let inner = self.inner.careful_weights(care, weight, bias, inputs)?;
+        Ok(Layer { inner, inputs, outputs: bias.len() })
     }
 
     fn norm_weights(&self, gain: &[f32], bias: &[f32], eps: f32) -> Result<Self::Norm, Error> {

@@ -94,8 +94,13 @@ impl EngineChoice {
         };
         let default = if devices == [Device::Cpu] { Precision::F32 } else { Precision::F16 };
         let precision = self.precision.unwrap_or(default);
-        if devices == [Device::Cpu] && precision != Precision::F32 {
-            return Err(Error::CpuPrecision { precision: precision.name() });
+        let (device, has): (_, &[Precision]) = match devices[0] {
+            Device::Cpu => ("cpu", &[Precision::F32, Precision::Bf16, Precision::Int8]),
+            Device::Cuda(_) => ("cuda", &[Precision::F16, Precision::Bf16, Precision::Tf32, Precision::F32]),
+        };
+        if !has.contains(&precision) {
+            let has = has.iter().map(|precision| precision.name()).collect::<Vec<_>>().join(", ");
+            return Err(Error::DevicePrecision { precision: precision.name(), device, has });
         }
         Ok(Engines { devices, precision })
     }

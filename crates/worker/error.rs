@@ -188,11 +188,15 @@ pub enum Error {
         /// The output.
         uri: String,
     },
-    /// The processor computes in f32 only.
-    #[error("--precision {precision}: the device cpu has only f32")]
-    CpuPrecision {
+    /// The device does not compute in this precision.
+    #[error("--precision {precision}: the device {device} has {has}")]
+    DevicePrecision {
         /// What was asked for.
         precision: &'static str,
+        /// What was to compute.
+        device: &'static str,
+        /// What it has.
+        has: String,
     },
     /// The shard of `bench` has nothing that an engine could score.
     #[error("{uri} has {what}: name a shard of image-caption pairs, or leave --input out for the bundled one")]

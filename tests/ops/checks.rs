@@ -228,7 +228,7 @@ pub(super) fn patchify_takes_patches_row_by_row<B: Backend>(backend: &mut B, on:
             let y = patch / patches.side() * patch_size + y;
             let x = patch % patches.side() * patch_size + x;
             let sample = pixels[((image * image_size + y) * image_size + x) * 3 + channel];
-            let want = on.stored(lut[channel][usize::from(sample)]);
+            let want = on.kept(lut[channel][usize::from(sample)]);
             assert_eq!(*value, want, "{} {patches:?} row {row} value {at}", on.name);
         }
     }
@@ -261,7 +261,7 @@ pub(super) fn image_tokens_prepend_the_class_row<B: Backend>(backend: &mut B, on
     for (i, value) in got.iter().enumerate() {
         let (image, token, col) = (i / cols / tokens, i / cols % tokens, i % cols);
         let patch = token.checked_sub(1).map_or(0.0, |p| patches[(image * (tokens - 1) + p) * cols + col]);
-        let want = on.stored(patch + positions[token * cols + col]);
+        let want = on.kept(patch + positions[token * cols + col]);
         assert_eq!(*value, want, "{} image {image} token {token}", on.name);
     }
 }

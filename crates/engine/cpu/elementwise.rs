@@ -44,16 +44,10 @@ fn exp<const F: bool>(x: f32) -> f32 {
     if x < -87.0 { 0.0 } else { y }
 }
 
+/// `0.5 x (1 + erf(x / √2))`
 #[inline(always)]
-fn gelu_body<const F: bool>(x: &mut [f32]) {
-    for v in x {
-        *v = 0.5 * *v * (1.0 + erf::<F>(*v * std::f32::consts::FRAC_1_SQRT_2));
-    }
-}
-
-dispatch! {
-    /// `x = 0.5 x (1 + erf(x / √2))`
-    pub(super) fn gelu(x: &mut [f32]) = gelu_body
+pub(super) fn gelu_of<const F: bool>(x: f32) -> f32 {
+    0.5 * x * (1.0 + erf::<F>(x * std::f32::consts::FRAC_1_SQRT_2))
 }
 
 /// Folds `x` into [`LANES`] accumulators with `step(accumulator, value)`, then these into one with `join`.

@@ -1,45 +1,66 @@
-//! Cache-line aligned f32 storage: the vector loads of the packed weights must not straddle lines.
+//! Cache-line aligned storage: the vector loads of the packed weights must not straddle lines.
+
+use std::marker::PhantomData;
 
 use crate::Error;
 
-const LINE: usize = 16;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Line([f32; LINE]);
+struct Line([u8; LINE]);
 
-/// A zero-initialised, 64-byte aligned slice of f32.
-pub(super) struct Aligned {
+/// Numbers of 32 bits, for which any bits are a value.
+///
+/// # Safety
+/// The type has 4 bytes, no alignment beyond 4, and no bits that are no value.
+pub(super) unsafe trait Plain: Copy + Send + Sync {}
+
+// SAFETY: f32 is 4 bytes of any value.
+unsafe impl Plain for f32 {}
+// SAFETY: u32 is 4 bytes of any value.
+unsafe impl Plain for u32 {}
+
+/// A zero-initialised, 64-byte aligned slice.
+pub(super) struct Aligned<T = f32> {
     lines: Vec<Line>,
     len: usize,
+    of: PhantomData<T>,
 }
 
-impl Aligned {
+impl<T: Plain> Aligned<T> {
     /// `len` zeros. Errors: no memory.
     pub(super) fn zeroed(len: usize) -> Result<Self, Error> {
-        let count = len.div_ceil(LINE);
+        let count = (4 * len).div_ceil(LINE);
         let mut lines = Vec::new();
         lines.try_reserve_exact(count).map_err(|_| Error::OutOfMemory { bytes: len * 4 })?;
-        lines.resize(count, Line([0.0; LINE]));
-        Ok(Self { lines, len })
+        lines.resize(count, Line([0; LINE]));
+        Ok(Self { lines, len, of: PhantomData })
     }
 }
 
-impl std::ops::Deref for Aligned {
-    type Target = [f32];
+impl<T: Plain> std::ops::Deref for Aligned<T> {
+    type Target = [T];
 
-    fn deref(&self) -> &[f32] {
-        // SAFETY: Line is repr(C) around [f32; 16] without padding (size 64 = align 64), so the vector's lines are
-        // `lines.len() * 16 >= len` consecutive initialised f32, and f32 needs less alignment than Line.
+    fn deref(&self) -> &[T] {
+        // SAFETY: Line is repr(C) around [u8; 64] without padding (size 64 = align 64), so the vector's lines are
+        // `lines.len() * 64 >= 4 * len` consecutive initialised bytes, any of which make a T; T needs less alignment than Line.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
     }
 }
 
-impl std::ops::DerefMut for Aligned {
-    fn deref_mut(&mut self) -> &mut [f32] {
+impl<T: Plain> std::ops::DerefMut for Aligned<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as in `deref`; the exclusive borrow of `self` makes the slice exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
     }
+}
+
+/// The words as the f32 that they are.
+pub(super) fn floats(words: &mut [u32]) -> &mut [f32] {
+    // SAFETY: both are 4 bytes of any value with an alignment of 4; the exclusive borrow goes on in the result.
+    unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), words.len()) }
 }
 
 /// A row-major matrix `[rows, cols]`.

@@ -3,18 +3,25 @@
 //! Must not: allocate after loading, or let a result depend on the number of threads.
 
 mod attention;
+mod ceiling;
+mod dot;
 mod elementwise;
+mod epilogue;
 mod gemm;
 mod memory;
+mod pack;
 mod simd;
+mod tile;
 
 use std::sync::Mutex;
 
 use rayon::prelude::*;
 
 use self::attention::Strided;
+pub use self::ceiling::ceiling;
 pub use self::simd::Isa;
-use crate::backend::{Backend, Columns, Epilogue, Patches, Span, TextRows};
+use self::tile::Format;
+use crate::backend::{Backend, Care, Columns, Epilogue, Patches, Span, TextRows};
 use crate::{Error, PixelLut, Precision};
 
 /// Rows a task of a row-wise operation takes at least: below that, starting it costs more than its work.
@@ -32,6 +39,7 @@ pub struct AttentionLimits {
 /// The CPU backend.
 pub struct CpuBackend {
     isa: Isa,
+    precision: Precision,
     pool: Option<rayon::ThreadPool>,
     threads: usize,
     copies: Vec<Mutex<gemm::BlockCopy>>,
@@ -46,8 +54,11 @@ pub struct Norm {
 }
 
 impl CpuBackend {
-    /// A backend with a pool of `threads` threads (0: one per core). Errors: no memory, no threads.
-    pub fn new(threads: usize, isa: Isa, limits: AttentionLimits) -> Result<Self, Error> {
+    /// A backend with a pool of `threads` threads (0: one per core), in f32, bf16 or int8. Errors: no memory, no threads.
+    ///
+    /// # Panics
+    /// In other precisions.
+    pub fn new(threads: usize, isa: Isa, precision: Precision, limits: AttentionLimits) -> Result<Self, Error> {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|i| format!("engine-{i}"))
@@ -55,9 +66,11 @@ impl CpuBackend {
             .map_err(|source| Error::Threads { source })?;
         let threads = pool.current_num_threads();
         let copies = (0..threads).map(|_| gemm::BlockCopy::new().map(Mutex::new)).collect::<Result<_, _>>()?;
-        let head = || attention::Head::new(isa, limits.keys, limits.head_size).map(Mutex::new);
+        let head = || {
+            attention::Head::new(isa, attention_format(isa, precision), limits.keys, limits.head_size).map(Mutex::new)
+        };
         let heads = (0..threads).map(|_| head()).collect::<Result<_, _>>()?;
-        Ok(Self { isa, pool: Some(pool), threads, copies, heads })
+        Ok(Self { isa, precision, pool: Some(pool), threads, copies, heads })
     }
 
     fn rows_per_task(&self, rows: usize) -> usize {
@@ -67,7 +80,7 @@ impl CpuBackend {
 
 impl Backend for CpuBackend {
     type Buf = memory::Mat;
-    type Linear = gemm::Packed;
+    type Linear = pack::Packed;
     type Norm = Norm;
 
     fn device(&self) -> String {
@@ -75,7 +88,7 @@ impl Backend for CpuBackend {
     }
 
     fn precision(&self) -> Precision {
-        Precision::F32
+        self.precision
     }
 
     fn alloc(&self, rows: usize, cols: usize) -> Result<Self::Buf, Error> {
@@ -89,7 +102,16 @@ impl Backend for CpuBackend {
     }
 
     fn linear_weights(&self, weight: &[f32], bias: &[f32], inputs: usize) -> Result<Self::Linear, Error> {
-        gemm::Packed::new(self.isa, weight, bias, inputs)
+        self.careful_weights(Care::Usual, weight, bias, inputs)
+    }
+
+    fn careful_weights(&self, care: Care, weight: &[f32], bias: &[f32], inputs: usize) -> Result<Self::Linear, Error> {
+        let format = match (care, product_format(self.precision)) {
+            (Care::Exact, _) => Format::F32,
+            (Care::Sensitive, Format::Int8) => Format::Bf16,
+            (_, format) => format,
+        };
+        pack::Packed::new(self.isa, format, weight, bias, inputs)
     }
 
     fn norm_weights(&self, gain: &[f32], bias: &[f32], eps: f32) -> Result<Self::Norm, Error> {
@@ -206,19 +228,20 @@ fn strided<'a>(columns: Columns<'a, memory::Mat>, rows: usize) -> Strided<'a> {
     Strided { data: columns.buf.head(rows), stride: columns.buf.cols, first: columns.first }
 }
 
-/// FLOP/s of multiply-adds that never leave the registers, on `threads` threads (0: one per core), best of some rounds:
-/// what this machine can reach.
-pub fn ceiling(isa: Isa, threads: usize) -> f64 {
-    const ROUNDS: usize = 5;
-    const CHAINS: usize = 20_000_000;
-    let threads = if threads == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { threads };
-    let round = |_| {
-        let start = std::time::Instant::now();
-        let operations: usize = std::thread::scope(|scope| {
-            let running: Vec<_> = (0..threads).map(|_| scope.spawn(|| simd::multiply_adds(isa, CHAINS))).collect();
-            running.into_iter().map(|thread| thread.join().expect("additions do not panic")).sum()
-        });
-        operations as f64 / start.elapsed().as_secs_f64()
-    };
-    (0..ROUNDS).map(round).fold(0.0, f64::max)
+fn product_format(precision: Precision) -> Format {
+    match precision {
+        Precision::F32 => Format::F32,
+        Precision::Bf16 => Format::Bf16,
+        Precision::Int8 => Format::Int8,
+        Precision::F16 | Precision::Tf32 => unreachable!("the processor has no {}", precision.name()),
+    }
+}
+
+/// Of the products of queries, keys and values: bf16 where that is meant or is faster.
+fn attention_format(isa: Isa, precision: Precision) -> Format {
+    match product_format(precision) {
+        Format::Int8 if isa.level() < simd::Level::Avx512Bf16 => Format::F32,
+        Format::F32 => Format::F32,
+        Format::Bf16 | Format::Int8 => Format::Bf16,
+    }
 }

@@ -7,9 +7,9 @@ use std::cell::RefCell;
 use std::ffi::{CString, c_char, c_int, c_void};
 
 use super::device::{Address, Argument, Device, Element, Product, STAGES, Shape};
-use crate::Error;
 use crate::backend::{Backend, Epilogue};
 use crate::cpu::{AttentionLimits, CpuBackend, Isa};
+use crate::{Error, Precision};
 
 /// Bytes before and behind a block of memory that nobody may write.
 const GUARD: usize = 256;
@@ -125,7 +125,7 @@ impl Emulated {
         let limits = AttentionLimits { keys: 1, head_size: 1 };
         Ok(Self {
             order,
-            cpu: RefCell::new(CpuBackend::new(1, Isa::detect(), limits)?),
+            cpu: RefCell::new(CpuBackend::new(1, Isa::detect(), Precision::F32, limits)?),
             stages: Default::default(),
             record: RefCell::new(None),
         })

@@ -135,6 +135,7 @@ impl<D: Device> CudaBackend<D> {
             Precision::F32 | Precision::Tf32 => Element::F32,
             Precision::F16 => Element::F16,
             Precision::Bf16 => Element::Bf16,
+            Precision::Int8 => unreachable!("a card was asked for int8"),
         }
     }
 

@@ -5,7 +5,7 @@
 
 use super::{Loader, Observer, Tap, observe};
 use crate::Error;
-use crate::backend::{Backend, Columns, Epilogue, Span, TextRows};
+use crate::backend::{Backend, Care, Columns, Epilogue, Span, TextRows};
 use crate::checkpoint::TextConfig;
 
 struct Layer<B: Backend> {
@@ -92,16 +92,18 @@ impl<B: Backend> Bert<B> {
         let part = |part: &str| format!("{name}.{part}");
         let own = ["query", "key", "value"].map(|x| part(&format!("attention.self.{x}")));
         let image = ["key", "value"].map(|x| part(&format!("crossattention.self.{x}")));
+        // A fiftieth of the operations.
+        let text = Care::Sensitive;
         Ok(Layer {
-            qkv: loader.fused(&own.each_ref().map(String::as_str), t, t)?,
-            output: loader.linear(&part("attention.output.dense"), t, t)?,
+            qkv: loader.fused(text, &own.each_ref().map(String::as_str), t, t)?,
+            output: loader.linear(text, &part("attention.output.dense"), t, t)?,
             output_norm: loader.norm(&part("attention.output.LayerNorm"), t, config.eps)?,
-            cross_query: loader.linear(&part("crossattention.self.query"), t, t)?,
-            cross_kv: loader.fused(&image.each_ref().map(String::as_str), t, image_width)?,
-            cross_output: loader.linear(&part("crossattention.output.dense"), t, t)?,
+            cross_query: loader.linear(text, &part("crossattention.self.query"), t, t)?,
+            cross_kv: loader.fused(Care::Usual, &image.each_ref().map(String::as_str), t, image_width)?,
+            cross_output: loader.linear(text, &part("crossattention.output.dense"), t, t)?,
             cross_norm: loader.norm(&part("crossattention.output.LayerNorm"), t, config.eps)?,
-            fc1: loader.linear(&part("intermediate.dense"), g, t)?,
-            fc2: loader.linear(&part("output.dense"), t, g)?,
+            fc1: loader.linear(text, &part("intermediate.dense"), g, t)?,
+            fc2: loader.linear(text, &part("output.dense"), t, g)?,
             mlp_norm: loader.norm(&part("output.LayerNorm"), t, config.eps)?,
         })
     }

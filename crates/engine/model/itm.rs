@@ -7,7 +7,7 @@ use super::bert::{Bert, Packed};
 use super::chunk::Chunk;
 use super::vit::Vit;
 use super::{Loader, Observer};
-use crate::backend::{Backend, Epilogue, TextRows};
+use crate::backend::{Backend, Care, Epilogue, TextRows};
 use crate::checkpoint::Checkpoint;
 use crate::{Batch, Error, Heads, Info, ItmToken, Options, PairScore, PixelLut, Scorer};
 
@@ -126,9 +126,9 @@ impl<B: Backend> Net<B> {
             bert: Bert::load(loader, &config.text, v, (rows_max, image_rows))?,
             vit,
             projections: Projections {
-                vision: loader.linear("vision_proj", p, v)?,
-                text: loader.linear("text_proj", p, t)?,
-                itm: loader.linear("itm_head", 2, t)?,
+                vision: loader.linear(Care::Exact, "vision_proj", p, v)?,
+                text: loader.linear(Care::Exact, "text_proj", p, t)?,
+                itm: loader.linear(Care::Exact, "itm_head", 2, t)?,
             },
             heads,
             itm_token: options.itm_token,

@@ -11,7 +11,7 @@ mod vit;
 pub use self::itm::Model;
 
 use crate::Error;
-use crate::backend::Backend;
+use crate::backend::{Backend, Care};
 use crate::checkpoint::Checkpoint;
 
 /// A place in the network whose value tests compare with the reference. Rows are what the buffer holds there.
@@ -61,18 +61,18 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     /// The linear layer `name.{weight,bias}`.
-    fn linear(&self, name: &str, outputs: usize, inputs: usize) -> Result<B::Linear, Error> {
-        self.fused(&[name], outputs, inputs)
+    fn linear(&self, care: Care, name: &str, outputs: usize, inputs: usize) -> Result<B::Linear, Error> {
+        self.fused(care, &[name], outputs, inputs)
     }
 
     /// Several linear layers over the same input as one: their outputs side by side.
-    fn fused(&self, names: &[&str], outputs: usize, inputs: usize) -> Result<B::Linear, Error> {
+    fn fused(&self, care: Care, names: &[&str], outputs: usize, inputs: usize) -> Result<B::Linear, Error> {
         let (mut weight, mut bias) = (Vec::new(), Vec::new());
         for name in names {
             weight.append(&mut self.read(&format!("{name}.weight"), &[outputs, inputs])?);
             bias.append(&mut self.read(&format!("{name}.bias"), &[outputs])?);
         }
-        self.backend.linear_weights(&weight, &bias, inputs)
+        self.backend.careful_weights(care, &weight, &bias, inputs)
     }
 
     fn norm(&self, name: &str, cols: usize, eps: f32) -> Result<B::Norm, Error> {

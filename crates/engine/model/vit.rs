@@ -1,7 +1,7 @@
 //! The image encoder: a pre-norm vision transformer (arXiv 2010.11929) over square patches.
 
 use super::{Loader, Observer, Tap, observe};
-use crate::backend::{Backend, Columns, Epilogue, Patches, Span};
+use crate::backend::{Backend, Care, Columns, Epilogue, Patches, Span};
 use crate::checkpoint::VisionConfig;
 use crate::{Error, PixelLut};
 
@@ -64,7 +64,7 @@ impl<B: Backend> Vit<B> {
             config: config.clone(),
             patches,
             lut: *lut,
-            patch_embedding: backend.linear_weights(&weight, &bias, patches.values())?,
+            patch_embedding: backend.careful_weights(Care::Sensitive, &weight, &bias, patches.values())?,
             positions: backend.upload(tokens, v, &positions)?,
             layers,
             post_norm: loader.norm("vision_model.post_layernorm", v, config.eps)?,
@@ -82,11 +82,11 @@ impl<B: Backend> Vit<B> {
         let (name, v, f) = (format!("vision_model.encoder.layers.{i}"), config.hidden, config.intermediate);
         Ok(Layer {
             norm1: loader.norm(&format!("{name}.layer_norm1"), v, config.eps)?,
-            qkv: loader.linear(&format!("{name}.self_attn.qkv"), 3 * v, v)?,
-            projection: loader.linear(&format!("{name}.self_attn.projection"), v, v)?,
+            qkv: loader.linear(Care::Usual, &format!("{name}.self_attn.qkv"), 3 * v, v)?,
+            projection: loader.linear(Care::Usual, &format!("{name}.self_attn.projection"), v, v)?,
             norm2: loader.norm(&format!("{name}.layer_norm2"), v, config.eps)?,
-            fc1: loader.linear(&format!("{name}.mlp.fc1"), f, v)?,
-            fc2: loader.linear(&format!("{name}.mlp.fc2"), v, f)?,
+            fc1: loader.linear(Care::Usual, &format!("{name}.mlp.fc1"), f, v)?,
+            fc2: loader.linear(Care::Usual, &format!("{name}.mlp.fc2"), v, f)?,
         })
     }
 

@@ -1,0 +1,198 @@
+//! Operands as the words of the matrix kernel: rows of activations when a product takes them, weights once at load.
+//!
+//! bf16 rounds to nearest, ties to even. Bytes: a weight is `scale[column] * i8`, each column by its largest weight; an
+//! activation is `scale[row] * (u8 - 128)`, each row by its largest value, for the instructions multiply u8 by i8.
+
+use rayon::prelude::*;
+
+use super::memory::Aligned;
+use super::simd::{Isa, dispatch};
+use super::tile::{Format, Tile};
+use crate::Error;
+
+/// The largest quantised value, of either sign.
+const STEPS: f32 = 127.0;
+/// What is added to an activation's steps, so that they are no less than 0.
+pub(super) const ACTIVATION_ZERO: i32 = 128;
+/// 1.5 * 2^23 + 128: adding it rounds to an integer, whose sum with 128 then stands in the low byte.
+const ROUND_TO_BYTE: f32 = 12_583_040.0;
+
+#[inline(always)]
+fn bf16(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    // Rounding could make a number of what is none.
+    if x.is_nan() { 0x7fc0 } else { rounded }
+}
+
+#[inline(always)]
+fn bf16_words_body<const F: bool>(x: &[f32], out: &mut [u32]) {
+    let (pairs, rest) = x.as_chunks::<2>();
+    for (out, [low, high]) in out.iter_mut().zip(pairs) {
+        *out = bf16(*low) | bf16(*high) << 16;
+    }
+    if let ([last], Some(out)) = (rest, out.get_mut(pairs.len())) {
+        *out = bf16(*last);
+    }
+}
+
+dispatch! {
+    /// Pairs of bf16; what is missing to the last pair is 0.
+    fn bf16_words(x: &[f32], out: &mut [u32]) = bf16_words_body
+}
+
+#[inline(always)]
+fn bf16_columns_body<const F: bool>(low: &[f32], high: &[f32], out: &mut [u32]) {
+    for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
+        *out = bf16(*low) | bf16(*high) << 16;
+    }
+}
+
+dispatch! {
+    /// Pairs of what stands below each other in two rows.
+    fn bf16_columns(low: &[f32], high: &[f32], out: &mut [u32]) = bf16_columns_body
+}
+
+#[inline(always)]
+fn byte_words_body<const F: bool>(x: &[f32], steps: f32, out: &mut [u32]) {
+    let byte = |x: f32| (x * steps + ROUND_TO_BYTE).to_bits() & 0xff;
+    let (fours, rest) = x.as_chunks::<4>();
+    for (out, [a, b, c, d]) in out.iter_mut().zip(fours) {
+        *out = byte(*a) | byte(*b) << 8 | byte(*c) << 16 | byte(*d) << 24;
+    }
+    if let Some(out) = out.get_mut(fours.len()).filter(|_| !rest.is_empty()) {
+        *out = rest.iter().rev().fold(0, |word, x| word << 8 | byte(*x));
+    }
+}
+
+dispatch! {
+    /// Fours of bytes, `x * steps + 128` each; what is missing to the last four meets weights of 0.
+    fn byte_words(x: &[f32], steps: f32, out: &mut [u32]) = byte_words_body
+}
+
+#[inline(always)]
+fn largest_body<const F: bool>(x: &[f32]) -> u32 {
+    // As integers: so that what is no number is larger than all that are.
+    x.iter().fold(0, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff))
+}
+
+dispatch! {
+    /// The bits of the largest magnitude.
+    fn largest(x: &[f32]) -> u32 = largest_body
+}
+
+/// The scale of a row or column, and the steps of a unit; NaN where a value is not finite, so that the product is, too.
+fn scale(isa: Isa, x: &[f32]) -> (f32, f32) {
+    match f32::from_bits(largest(isa, x)) {
+        0.0 => (0.0, 0.0),
+        // Its steps would be infinite: it is as good as 0.
+        tiny if tiny < STEPS / f32::MAX => (0.0, 0.0),
+        most if most.is_finite() => (most / STEPS, STEPS / most),
+        _ => (f32::NAN, 0.0),
+    }
+}
+
+/// How a row of activations becomes words.
+#[derive(Clone, Copy)]
+pub(super) struct Row {
+    format: Format,
+    /// What a unit of the sums is worth.
+    pub(super) scale: f32,
+    steps: f32,
+}
+
+impl Row {
+    /// Looks at the whole row, where that is needed.
+    pub(super) fn new(isa: Isa, format: Format, row: &[f32]) -> Self {
+        let (scale, steps) = if format == Format::Int8 { scale(isa, row) } else { (1.0, 1.0) };
+        Self { format, scale, steps }
+    }
+
+    /// The words of a part of it that begins at a word.
+    pub(super) fn words(&self, isa: Isa, part: &[f32], out: &mut [u32]) {
+        assert_eq!(out.len(), self.format.words(part.len()));
+        match self.format {
+            Format::F32 => out.iter_mut().zip(part).for_each(|(out, x)| *out = x.to_bits()),
+            Format::Bf16 => bf16_words(isa, part, out),
+            Format::Int8 => byte_words(isa, part, self.steps, out),
+        }
+    }
+}
+
+/// Rows that follow each other along K, as the words of a panel: f32 and bf16 only.
+pub(super) fn columns<'a>(isa: Isa, format: Format, mut rows: impl Iterator<Item = &'a [f32]>, out: &mut [u32]) {
+    let first = rows.next().expect("a word has a value");
+    match (format, rows.next()) {
+        (Format::F32, None) => first.iter().zip(out).for_each(|(value, out)| *out = value.to_bits()),
+        (Format::Bf16, Some(second)) => bf16_columns(isa, first, second, out),
+        (Format::Bf16, None) => first.iter().zip(out).for_each(|(value, out)| *out = bf16(*value)),
+        _ => unreachable!("a word of {format:?} has as many values as its group"),
+    }
+}
+
+/// A linear layer's weight in panels `[outputs / NR][words][NR]`, filled up with zeros, and its bias.
+pub struct Packed {
+    pub(super) tile: Tile,
+    panels: Aligned<u32>,
+    pub(super) bias: Vec<f32>,
+    /// Of bytes: what a unit of each column's sums is worth, and what the activations' zero adds to the sums.
+    pub(super) scales: Vec<f32>,
+    pub(super) shifts: Vec<i32>,
+    /// Columns of x.
+    pub inputs: usize,
+    /// Columns of the output.
+    pub outputs: usize,
+}
+
+impl Packed {
+    /// Packs `weight [outputs, inputs]`. Errors: no memory.
+    pub(super) fn new(isa: Isa, format: Format, weight: &[f32], bias: &[f32], inputs: usize) -> Result<Self, Error> {
+        let (tile, outputs) = (Tile::new(isa, format), bias.len());
+        assert_eq!(weight.len(), outputs * inputs, "weight of {outputs} x {inputs}");
+        let (nr, words) = (tile.nr, format.words(inputs));
+        let mut panels = Aligned::zeroed(outputs.div_ceil(nr) * words * nr)?;
+        let columns: Vec<(f32, f32)> = match format {
+            Format::Int8 => weight.par_chunks(inputs).map(|column| scale(isa, column)).collect(),
+            Format::F32 | Format::Bf16 => Vec::new(),
+        };
+        panels.par_chunks_mut(words * nr).enumerate().for_each(|(p, panel)| {
+            for (lane, row) in weight[p * nr * inputs..].chunks(inputs).take(nr).enumerate() {
+                let steps = columns.get(p * nr + lane).map_or(1.0, |(_, steps)| *steps);
+                for (k, values) in row.chunks(format.group()).enumerate() {
+                    panel[k * nr + lane] = word(format, values, steps);
+                }
+            }
+        });
+        let sum = |(column, (_, steps)): (&[f32], &(f32, f32))| -> i32 {
+            column.iter().map(|x| ACTIVATION_ZERO * i32::from(step(*x, *steps))).sum()
+        };
+        let shifts = weight.chunks(inputs).zip(&columns).map(sum).collect();
+        let scales = columns.iter().map(|(scale, _)| *scale).collect();
+        Ok(Self { tile, panels, bias: bias.to_vec(), scales, shifts, inputs, outputs })
+    }
+
+    /// These words of a panel.
+    pub(super) fn panel(&self, p: usize, words: std::ops::Range<usize>) -> &[u32] {
+        let start = p * self.tile.format.words(self.inputs);
+        &self.panels[(start + words.start) * self.tile.nr..(start + words.end) * self.tile.nr]
+    }
+
+    pub(super) fn panels(&self) -> usize {
+        self.outputs.div_ceil(self.tile.nr)
+    }
+}
+
+fn step(x: f32, steps: f32) -> i8 {
+    // Between -127 and 127 by the choice of the steps; what is no number is told by the scale.
+    (x * steps).round_ties_even() as i8
+}
+
+fn word(format: Format, values: &[f32], steps: f32) -> u32 {
+    let bits = |x: &f32| match format {
+        Format::F32 => x.to_bits(),
+        Format::Bf16 => bf16(*x),
+        Format::Int8 => u32::from(step(*x, steps).cast_unsigned()),
+    };
+    let width = u32::BITS / format.group() as u32;
+    values.iter().rev().fold(0, |word, x| word.checked_shl(width).unwrap_or_default() | bits(x))
+}
