@@ -392,3 +392,36 @@ impl fmt::Debug for Location {
         write!(out, "Location({})", self.uri)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn versions_are_told_apart_by_tags_or_else_by_times_and_always_by_sizes() {
+        let (now, later) = (SystemTime::UNIX_EPOCH, SystemTime::UNIX_EPOCH + Duration::from_secs(1));
+        let version = |size, tag: Option<&str>, modified| ObjectInfo { size, e_tag: tag.map(str::to_owned), modified };
+        let is_same = |one: &ObjectInfo, other: &ObjectInfo| {
+            one.is_same(&ObjectMeta {
+                location: Path::default(),
+                last_modified: other.modified.into(),
+                size: other.size,
+                e_tag: other.e_tag.clone(),
+                version: None,
+            })
+        };
+        for (one, other, same) in [
+            (version(1, Some("a"), now), version(1, Some("a"), later), true),
+            (version(1, Some("a"), now), version(1, Some("b"), now), false),
+            (version(1, Some("a"), now), version(2, Some("a"), now), false),
+            (version(1, None, now), version(1, None, now), true),
+            (version(1, None, now), version(1, None, later), false),
+            (version(1, Some("a"), now), version(1, None, later), false),
+            (version(1, Some("a"), now), version(1, None, now), true),
+        ] {
+            assert_eq!(is_same(&one, &other), same, "{one:?} {other:?}");
+        }
+    }
+}

@@ -180,6 +180,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn shards_of_one_job_keep_their_row_groups() {
+        let folder = tempfile::tempdir().unwrap();
+        let reader = reader(&folder).await;
+        let bytes = usize::try_from(reader.reading_bytes(CHUNK_ROWS)).unwrap();
+        let budget = Budget::new(bytes + 3 * bytes / 4);
+        let new = || ShardRows::new(reader.clone(), 0, &budget).unwrap();
+        let (mut first, mut second) = (new(), new());
+        first.next().await.unwrap();
+        let mut waiting = Box::pin(second.next());
+        assert!(futures::poll!(&mut waiting).is_pending());
+        first.held.as_mut().unwrap().1 = Some(Instant::now());
+        first.pause();
+        first.next().await.unwrap();
+        assert!(futures::poll!(&mut waiting).is_pending(), "reading it again would cost both");
+        drop(first);
+        tokio::time::timeout(TIMEOUT, waiting).await.expect("there is memory now").unwrap().unwrap();
+    }
+
+    #[tokio::test]
     async fn a_row_group_that_never_fits_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
         let error = ShardRows::new(reader(&folder).await, 0, &Budget::new(10_000)).err().unwrap();
