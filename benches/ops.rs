@@ -79,8 +79,8 @@ fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     let position = arguments.iter().position(|a| a == "--threads");
     let threads = position.map_or(0, |i| arguments[i + 1].parse().unwrap());
-    for isa in Isa::available() {
-        for precision in [Precision::F32, Precision::Bf16, Precision::Int8] {
+    for precision in [Precision::F32, Precision::Bf16, Precision::Int8] {
+        for isa in Isa::available_for(precision) {
             let limits = AttentionLimits { keys: 577, head_size: 64 };
             let mut backend = CpuBackend::new(threads, isa, precision, limits).unwrap();
             let peak = ceiling(isa, precision, threads) / 1e9;

@@ -318,7 +318,10 @@ fn what_this_build_lacks_is_said() {
     let folder = Folder::new(&good());
     let input = folder.path("in.parquet").display().to_string();
     let here = folder.0.path().display().to_string();
-    assert_failed(&folder.score(MODEL, "in.parquet", &["--precision", "bf16"]), &["bf16", "f32"], "bf16");
+    for precision in ["f16", "tf32"] {
+        let words = [precision, "the device cpu has f32, bf16, int8"];
+        assert_failed(&folder.score(MODEL, "in.parquet", &["--precision", precision]), &words, precision);
+    }
     assert_failed(&folder.score(MODEL, "in.parquet", &["--input", &input]), &["name a prefix"], "two inputs");
     let (below, many) = ("out.parquet lies below the input prefix", "name a prefix");
     let prefixes = [("", below), ("/", below), ("/**/*.parquet", below), ("/*.parquet", many)];

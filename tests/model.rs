@@ -47,7 +47,7 @@ enum Target {
 
 /// Every backend that computes in f32.
 fn targets() -> Vec<Target> {
-    let cpu = Isa::available().into_iter().map(Target::Cpu);
+    let cpu = Isa::available_for(Precision::F32).into_iter().map(Target::Cpu);
     #[cfg(feature = "emulator")]
     let cpu = cpu.chain([Target::Cuda(Precision::F32)]);
     cpu.collect()

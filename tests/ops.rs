@@ -100,8 +100,8 @@ macro_rules! on_every_backend {
     ($($test:ident)*) => {$(
         #[test]
         fn $test() {
-            for isa in Isa::available() {
-                for (threads, precision) in [(1, Precision::F32), (3, Precision::F32), (2, Precision::Bf16)] {
+            for (threads, precision) in [(1, Precision::F32), (3, Precision::F32), (2, Precision::Bf16)] {
+                for isa in Isa::available_for(precision) {
                     let mut backend = CpuBackend::new(threads, isa, precision, LIMITS).unwrap();
                     let name = format!("{} x {threads} {}", isa.name(), precision.name());
                     let on = On { name, precision, storage: Precision::F32 };

@@ -73,7 +73,7 @@ impl EngineChoice {
     /// Looks what is there.
     ///
     /// # Errors
-    /// A card that was asked for cannot be used, or the processor is to compute in another precision than f32.
+    /// A card that was asked for cannot be used, or the device does not have this precision.
     pub fn find(&self) -> Result<Engines> {
         let devices = match &self.device {
             DeviceChoice::Cpu => vec![Device::Cpu],

@@ -7,9 +7,11 @@ use super::*;
 /// far from tame: a trained model moves less.
 const OF_PYTORCH_MEAN: f64 = 1.5;
 const OF_PYTORCH_MAX: f64 = 2.0;
-/// Bytes against f64: mean and largest error of the ITM probability and of the cosine.
-const INT8_MEAN: [f64; 2] = [0.0, 0.0];
-const INT8_MAX: [f64; 2] = [0.0, 0.0];
+/// Bytes against f64: mean error of the ITM probability and of the cosine; measured 2.8e-2 and 9.5e-3. The sets' weights are far
+/// from tame.
+const INT8_MEAN: [f64; 2] = [0.04, 0.015];
+/// The largest; measured 7.4e-2 and 2.8e-2.
+const INT8_MAX: [f64; 2] = [0.12, 0.045];
 
 /// No further from the truth than PyTorch in the same type.
 pub(super) fn assert_as_near_as_pytorch(oracle: &Oracle, precision: Precision, got: &[PairScore]) {
@@ -49,7 +51,7 @@ fn assert_as_near(
 fn bf16_is_as_near_as_pytorch() {
     let options = Options { precision: Precision::Bf16, ..OPTIONS };
     for oracle in sets() {
-        for isa in Isa::available() {
+        for isa in Isa::available_for(Precision::Bf16) {
             let got = score(&mut load(&oracle, Target::Cpu(isa), &options), &oracle, &all_pairs(&oracle));
             assert_as_near_as_pytorch(&oracle, Precision::Bf16, &got);
         }
@@ -60,12 +62,12 @@ fn bf16_is_as_near_as_pytorch() {
 fn bytes_are_near() {
     let options = Options { precision: Precision::Int8, ..OPTIONS };
     for oracle in sets() {
-        for isa in Isa::available() {
+        for isa in Isa::available_for(Precision::Int8) {
             let got = score(&mut load(&oracle, Target::Cpu(isa), &options), &oracle, &all_pairs(&oracle));
             let expected = |name: &str| oracle.expected.floats(name).1;
             let itm = errors(got.iter().map(|s| f64::from(s.itm)), &expected("itm_prob_f64"));
             let cosine = errors(got.iter().map(|s| f64::from(s.cosine)), &expected("cosine_f64"));
-            println!("{} {} int8: itm {itm:.1e?}, cosine {cosine:.1e?}", oracle.name, isa.name());
+            println!("{} {} int8: itm {itm:.4?}, cosine {cosine:.4?}", oracle.name, isa.name());
             for (head, (mean, max)) in [itm, cosine].into_iter().enumerate() {
                 assert!(mean <= INT8_MEAN[head] && max <= INT8_MAX[head], "{}: {mean}, {max}", oracle.name);
             }

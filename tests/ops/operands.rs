@@ -27,7 +27,7 @@ fn bf16_rounds_to_nearest_even() {
     // Halves between two numbers, the largest ones, what is none.
     x.extend([0x3f80_8000, 0x3f81_8000, 0x3f80_8001, 0x7f7f_ffff, 0x7f80_0000, 0xff80_0000].map(f32::from_bits));
     x.extend([0x7fc0_0000, 0x7f80_0001, 0x7fff_ffff, 0xffff_ffff].map(f32::from_bits));
-    for isa in Isa::available() {
+    for isa in Isa::available_for(Precision::Bf16) {
         for (k, rest) in [(1, &[][..]), (2, &[0.0]), (3, &[0.0, 0.0])] {
             let rows: Vec<f32> = x.iter().flat_map(|x| std::iter::once(*x).chain(rest.iter().copied())).collect();
             let weight: Vec<f32> = std::iter::once(1.0).chain(rest.iter().copied()).collect();
@@ -60,7 +60,7 @@ fn bytes_are_exact_products_of_quantised_rows_and_columns() {
         let rows: Vec<_> = x.chunks(k).map(quantised).collect();
         let columns: Vec<_> = w.chunks(k).map(quantised).collect();
         let mut first: Option<Vec<f32>> = None;
-        for isa in Isa::available() {
+        for isa in Isa::available_for(Precision::Int8) {
             let got = product(isa, Precision::Int8, [&x, &w, &b], k, Epilogue::Accumulate);
             for (i, got) in got.iter().enumerate() {
                 let ((row_scale, row), (column_scale, column)) = (&rows[i / n], &columns[i % n]);
@@ -80,7 +80,7 @@ fn bytes_are_exact_products_of_quantised_rows_and_columns() {
 fn rows_of_bytes_that_are_no_numbers_say_so_and_spoil_no_other() {
     let k = 9;
     let (w, b) = (values(5 * k, 2), values(5, 3));
-    for isa in Isa::available() {
+    for isa in Isa::available_for(Precision::Int8) {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut x = values(4 * k, 1);
             x[k + 7] = bad;

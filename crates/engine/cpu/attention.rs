@@ -144,13 +144,13 @@ fn one_head(
                 let values = &room.values[p * nr * key_words..][..nr * key_words];
                 tile.run(key_words, (&weights[block * stride..], stride), values, (&mut sums, nr));
                 let cols = p * nr..((p + 1) * nr).min(size);
-                for i in block..(block + mr).min(rows) {
+                for (i, total) in totals.iter().enumerate().take((block + mr).min(rows)).skip(block) {
                     let start = (span.q + first + i) * out.cols + head * size + cols.start;
                     assert!(start + cols.len() <= out.len);
                     // SAFETY: in bounds by the assertion; these columns of this row belong to this task alone.
                     let out = unsafe { std::slice::from_raw_parts_mut(out.start.add(start), cols.len()) };
                     let sums = &floats(&mut sums)[(i - block) * nr..][..cols.len()];
-                    scale(isa, sums, 1.0 / totals[i], out);
+                    scale(isa, sums, 1.0 / total, out);
                 }
             }
         }

@@ -4,6 +4,8 @@
 //! matrix tile over the trait [`super::dot::Dot`], everything element-wise as plain loops that the compiler vectorises inside a
 //! function compiled for the instruction set (see [`dispatch`]).
 
+use crate::Precision;
+
 /// An instruction set this process may use. Values are only made by [`Isa::detect`] and [`Isa::available`], so holding
 /// one proves that the processor has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +65,17 @@ impl Isa {
         }
         found.reverse();
         found
+    }
+
+    /// Those of them that do a precision's products in ways of their own, best first.
+    pub fn available_for(precision: Precision) -> Vec<Isa> {
+        let own = |isa: &Isa| match isa.0 {
+            Level::Portable | Level::Avx2 | Level::Avx512 => true,
+            Level::AvxVnni | Level::Avx512Vnni => precision == Precision::Int8,
+            // Its bytes come with products of bf16 in the layers that bear no bytes.
+            Level::Avx512Bf16 => matches!(precision, Precision::Bf16 | Precision::Int8),
+        };
+        Self::available().into_iter().filter(own).collect()
     }
 
     /// The best instruction set, or the one named by [`ISA_VARIABLE`]. A name this processor lacks is ignored with the
