@@ -1,6 +1,6 @@
 //! The inference engine: weights and a batch of image-caption pairs in, scores out.
 //!
-//! Owns checkpoints ([`Checkpoint`]), the model (written once, over the backend trait) and the backends (CPU in f32). Must not: decode
+//! Owns checkpoints ([`Checkpoint`]), the model (written once, over the backend trait) and the backends (CPU and CUDA). Must not: decode
 //! images, split words, touch the network or an async runtime. The only crate with `unsafe`.
 //!
 //! ```text

@@ -255,20 +255,17 @@ impl Location {
     /// # Errors
     /// When there is no such object, or it is a folder.
     pub async fn head(&self) -> Result<ObjectInfo> {
-        if self.as_file().is_some_and(FsPath::is_dir) {
-            return Err(Error::Folder { uri: self.to_string() });
-        }
         self.check_regular()?;
         let meta = self.store().head(&self.path()).await.map_err(|source| Error::store(&self.uri, source))?;
         Ok(ObjectInfo { size: meta.size, e_tag: meta.e_tag, modified: meta.last_modified.into() })
     }
 
-    /// Whoever opened a pipe would wait for its other end.
+    /// Sees whether what is there, if it is in the file system, can be a shard: whoever opened a pipe would wait for its other end.
     pub(crate) fn check_regular(&self) -> Result<()> {
-        match self.as_file().and_then(|file| file.metadata().ok()).is_some_and(|meta| !meta.is_file() && !meta.is_dir())
-        {
-            true => Err(Error::Uri { uri: self.to_string(), reason: "it is no regular file" }),
-            false => Ok(()),
+        match self.as_file().and_then(|file| file.metadata().ok()) {
+            Some(meta) if meta.is_dir() => Err(Error::Folder { uri: self.to_string() }),
+            Some(meta) if !meta.is_file() => Err(Error::Uri { uri: self.to_string(), reason: "it is no regular file" }),
+            _ => Ok(()),
         }
     }
 

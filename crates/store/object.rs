@@ -67,7 +67,7 @@ impl NewObject {
     ) -> Result<Self> {
         location.check_store()?;
         location.check_folder()?;
-        // Devices, pipes and sockets are nobody's outputs, whoever may replace them.
+        // Folders, devices, pipes and sockets are nobody's outputs, whoever may replace them.
         location.check_regular()?;
         if !overwrite && location.exists().await? {
             return Err(Error::Exists { uri: location.uri().to_owned() });

@@ -166,9 +166,8 @@ impl ShardWriter {
         let entry = |(key, value): &(String, String)| KeyValue { key: key.clone(), value: Some(value.clone()) };
         written.object = object.commit(notes.iter().map(entry).collect()).await?;
         // Of two runs that replace the same, each may have had the last word once.
-        let objects =
-            [(Some(&location), Some(&written.object)), (rejected_location.as_ref(), written.rejected.as_ref())];
-        for (location, object) in objects.into_iter().filter_map(|(location, object)| location.zip(object)) {
+        let rejected = rejected_location.as_ref().zip(written.rejected.as_ref());
+        for (location, object) in std::iter::once((&location, &written.object)).chain(rejected) {
             if !object.is_at(location).await? {
                 return Err(Error::Superseded { uri: location.to_string() });
             }

@@ -156,6 +156,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_beyond_a_part_is_given_back_alone() {
+        let budget = Budget::new(64 << 20);
+        // More than all that one may have: the part keeps its own.
+        let mut held = budget.take(1 << 40).now_or_never().unwrap();
+        drop(held.beyond(50 << 20));
+        assert_eq!(budget.free(), Some((64 - 50) << 20));
+        drop(held.beyond(60 << 20));
+        assert_eq!(budget.free(), Some((64 - 50) << 20), "there is no more");
+        drop(held);
+        assert_eq!(budget.free(), Some(64 << 20));
+    }
+
+    #[test]
     fn who_needs_little_does_not_wait_for_who_needs_much() {
         let budget = Budget::new(64 << 20);
         assert_eq!(budget.bytes_max(), Some(56 << 20));

@@ -119,6 +119,13 @@ mod tests {
         ShardReader::open(&location, &ColumnOptions::default()).await.unwrap()
     }
 
+    /// A shard, and memory for one who reads it.
+    async fn for_one(folder: &TempDir) -> (ShardReader, Budget) {
+        let reader = reader(folder).await;
+        let bytes = usize::try_from(reader.reading_bytes(CHUNK_ROWS)).unwrap();
+        (reader, Budget::new(bytes + 3 * bytes / 4))
+    }
+
     async fn all(rows: &mut ShardRows, pauses: bool) -> Vec<RecordBatch> {
         let mut batches = Vec::new();
         while let Some(batch) = rows.next().await.unwrap() {
@@ -133,9 +140,7 @@ mod tests {
     #[tokio::test]
     async fn rows_are_the_same_with_pauses() {
         let folder = tempfile::tempdir().unwrap();
-        let reader = reader(&folder).await;
-        let bytes = usize::try_from(reader.reading_bytes(CHUNK_ROWS)).unwrap();
-        let budget = Budget::new(bytes + 3 * bytes / 4);
+        let (reader, budget) = for_one(&folder).await;
         let free = budget.free();
         for first in [0, 1, 45, reader.rows()] {
             let rows = || ShardRows::new(reader.clone(), first, &budget).unwrap();
@@ -154,10 +159,7 @@ mod tests {
     #[tokio::test]
     async fn calls_take_turns_with_the_memory_of_row_groups() {
         let folder = tempfile::tempdir().unwrap();
-        let reader = reader(&folder).await;
-        let bytes = usize::try_from(reader.reading_bytes(CHUNK_ROWS)).unwrap();
-        // For one of them.
-        let budget = Budget::new(bytes + 3 * bytes / 4);
+        let (reader, budget) = for_one(&folder).await;
         let new = || ShardRows::new(reader.clone(), 0, &budget).unwrap().taking_turns();
         let (mut first, mut second) = (new(), new());
         first.next().await.unwrap();
@@ -182,9 +184,7 @@ mod tests {
     #[tokio::test]
     async fn shards_of_one_job_keep_their_row_groups() {
         let folder = tempfile::tempdir().unwrap();
-        let reader = reader(&folder).await;
-        let bytes = usize::try_from(reader.reading_bytes(CHUNK_ROWS)).unwrap();
-        let budget = Budget::new(bytes + 3 * bytes / 4);
+        let (reader, budget) = for_one(&folder).await;
         let new = || ShardRows::new(reader.clone(), 0, &budget).unwrap();
         let (mut first, mut second) = (new(), new());
         first.next().await.unwrap();

@@ -27,8 +27,10 @@ pub(super) fn assert_as_near_as_pytorch(oracle: &Oracle, precision: Precision, g
 
 /// Mean and largest error.
 fn errors(got: impl Iterator<Item = f64>, want: &[f64]) -> (f64, f64) {
-    let errors: Vec<f64> = got.zip(want).map(|(got, want)| (got - want).abs()).collect();
-    assert!(errors.len() == want.len() && errors.iter().all(|error| error.is_finite()));
+    let got: Vec<f64> = got.collect();
+    assert_eq!(got.len(), want.len());
+    let errors: Vec<f64> = got.iter().zip(want).map(|(got, want)| (got - want).abs()).collect();
+    assert!(errors.iter().all(|error| error.is_finite()));
     (errors.iter().sum::<f64>() / errors.len() as f64, errors.iter().copied().fold(0.0, f64::max))
 }
 
@@ -47,30 +49,31 @@ fn assert_as_near(
     assert!(max <= OF_PYTORCH_MAX * their_max, "{name} {precision} {head}: max {max}, PyTorch {their_max}");
 }
 
-#[test]
-fn bf16_is_as_near_as_pytorch() {
-    let options = Options { precision: Precision::Bf16, ..OPTIONS };
+/// All pairs of every set, on every instruction set that does the precision's products in a way of its own.
+fn on_every_kernel(precision: Precision, check: impl Fn(&Oracle, Isa, &[PairScore])) {
+    let options = Options { precision, ..OPTIONS };
     for oracle in sets() {
-        for isa in Isa::available_for(Precision::Bf16) {
+        for isa in Isa::available_for(precision) {
             let got = score(&mut load(&oracle, Target::Cpu(isa), &options), &oracle, &all_pairs(&oracle));
-            assert_as_near_as_pytorch(&oracle, Precision::Bf16, &got);
+            check(&oracle, isa, &got);
         }
     }
 }
 
 #[test]
+fn bf16_is_as_near_as_pytorch() {
+    on_every_kernel(Precision::Bf16, |oracle, _, got| assert_as_near_as_pytorch(oracle, Precision::Bf16, got));
+}
+
+#[test]
 fn bytes_are_near() {
-    let options = Options { precision: Precision::Int8, ..OPTIONS };
-    for oracle in sets() {
-        for isa in Isa::available_for(Precision::Int8) {
-            let got = score(&mut load(&oracle, Target::Cpu(isa), &options), &oracle, &all_pairs(&oracle));
-            let expected = |name: &str| oracle.expected.floats(name).1;
-            let itm = errors(got.iter().map(|s| f64::from(s.itm)), &expected("itm_prob_f64"));
-            let cosine = errors(got.iter().map(|s| f64::from(s.cosine)), &expected("cosine_f64"));
-            println!("{} {} int8: itm {itm:.4?}, cosine {cosine:.4?}", oracle.name, isa.name());
-            for (head, (mean, max)) in [itm, cosine].into_iter().enumerate() {
-                assert!(mean <= INT8_MEAN[head] && max <= INT8_MAX[head], "{}: {mean}, {max}", oracle.name);
-            }
+    on_every_kernel(Precision::Int8, |oracle, isa, got| {
+        let expected = |name: &str| oracle.expected.floats(name).1;
+        let itm = errors(got.iter().map(|s| f64::from(s.itm)), &expected("itm_prob_f64"));
+        let cosine = errors(got.iter().map(|s| f64::from(s.cosine)), &expected("cosine_f64"));
+        println!("{} {} int8: itm {itm:.4?}, cosine {cosine:.4?}", oracle.name, isa.name());
+        for (head, (mean, max)) in [itm, cosine].into_iter().enumerate() {
+            assert!(mean <= INT8_MEAN[head] && max <= INT8_MAX[head], "{}: {mean}, {max}", oracle.name);
         }
-    }
+    });
 }

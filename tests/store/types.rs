@@ -1,5 +1,6 @@
 //! Columns whose types would lose something on the way from a shard to an output.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use arrow::array::{
@@ -32,6 +33,12 @@ fn captions(count: usize) -> ArrayRef {
     Arc::new((0..count).map(|row| Some(format!("caption {row}"))).collect::<StringArray>())
 }
 
+/// The output of `in.parquet`.
+fn rescored(folder: &Path) -> RecordBatch {
+    wait(rescore(&at(folder, "in.parquet"), &at(folder, "out.parquet"), &options(), |_| scored(0.5, 0.5))).unwrap();
+    read(&folder.join("out.parquet"))
+}
+
 #[test]
 fn timestamps_of_96_bits_are_those_of_any_year() {
     let folder = tempfile::tempdir().unwrap();
@@ -56,11 +63,7 @@ fn timestamps_of_96_bits_are_those_of_any_year() {
     column.close().unwrap();
     group.close().unwrap();
     writer.close().unwrap();
-    wait(rescore(&at(folder.path(), "in.parquet"), &at(folder.path(), "out.parquet"), &options(), |_| {
-        scored(0.5, 0.5)
-    }))
-    .unwrap();
-    let found = read(&folder.path().join("out.parquet"));
+    let found = rescored(folder.path());
     let times = found.column_by_name("at").unwrap();
     assert_eq!(*times.data_type(), DataType::Timestamp(TimeUnit::Microsecond, None));
     assert_eq!(times.as_primitive::<TimestampMicrosecondType>().values(), &FAR);
@@ -75,11 +78,7 @@ fn days_stay_days() {
         vec![("image", images(3)), ("caption", captions(3)), ("day", days), ("inner", Arc::new(inner) as ArrayRef)];
     let properties = WriterProperties::builder().set_coerce_types(true).build();
     write_with(&folder.path().join("in.parquet"), &batch(columns), properties);
-    wait(rescore(&at(folder.path(), "in.parquet"), &at(folder.path(), "out.parquet"), &options(), |_| {
-        scored(0.5, 0.5)
-    }))
-    .unwrap();
-    let found = read(&folder.path().join("out.parquet"));
+    let found = rescored(folder.path());
     let expected = Date32Array::from(vec![Some(0), None, Some(1)]);
     assert_eq!(found.column_by_name("day").unwrap().as_primitive::<Date32Type>(), &expected);
     let inner = found.column_by_name("inner").unwrap().as_struct().column(0);
@@ -105,11 +104,7 @@ fn dictionaries_of_several_row_groups_have_room_for_all_values() {
         writer.flush().unwrap();
     }
     writer.close().unwrap();
-    wait(rescore(&at(folder.path(), "in.parquet"), &at(folder.path(), "out.parquet"), &options(), |_| {
-        scored(0.5, 0.5)
-    }))
-    .unwrap();
-    let found = read(&folder.path().join("out.parquet"));
+    let found = rescored(folder.path());
     let labels = cast(found.column_by_name("label").unwrap(), &DataType::Utf8).unwrap();
     let expected: StringArray = (0..300).map(|row| Some(format!("{}-{}", row / 100, row % 100))).collect();
     assert_eq!(labels.as_string::<i32>(), &expected);

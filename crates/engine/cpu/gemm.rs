@@ -89,7 +89,7 @@ struct Output {
 }
 
 // SAFETY: the pointer comes from a `&mut [f32]` that outlives the parallel loop in `linear`; tasks reach it only through
-// `rows_of_tile`, and their rectangles are disjoint (`Cut::task` partitions rows x panels).
+// [`Output::row`], and their rectangles are disjoint (`Cut::task` partitions rows x panels).
 unsafe impl Sync for Output {}
 
 impl Output {

@@ -1,4 +1,4 @@
-//! The CPU backend in f32: packed-weight products, fused attention, vectorised rows, one thread pool of its own.
+//! The CPU backend in f32, bf16 and int8: packed-weight products, fused attention, vectorised rows, one thread pool of its own.
 //!
 //! Must not: allocate after loading, or let a result depend on the number of threads.
 

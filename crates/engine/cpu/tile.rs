@@ -107,6 +107,8 @@ unsafe fn chains_body<D: Dot>(rounds: usize) {
         let (a, b) = (D::splat(std::hint::black_box(0x3c01_3c01)), D::splat(std::hint::black_box(0x3c02_3c03)));
         let mut sums = [D::zero(); CHAINS];
         for _ in 0..rounds {
+            // Products that are always the same would be taken out of the loop.
+            let a = std::hint::black_box(a);
             for sum in &mut sums {
                 *sum = D::dot(*sum, a, b);
             }
