@@ -40,8 +40,8 @@ impl Format {
 
 /// `c[MR, NR] = a[MR, words] panel[words, NR]`, with the strides of `a` and `c`.
 type Run = unsafe fn(usize, *const u32, usize, *const u32, *mut u32, usize);
-/// So many rounds of [`CHAINS`] products of registers.
-type Chains = unsafe fn(usize);
+/// So many rounds of [`CHAINS`] products of registers, of integers or not.
+type Chains = unsafe fn(usize, bool);
 
 /// Independent sums of [`Tile::multiply_adds`]: more than latency times units, fewer than AVX2's registers.
 const CHAINS: usize = 12;
@@ -101,16 +101,15 @@ unsafe fn body<D: Dot, const MR: usize, const NV: usize>(
 /// # Safety
 /// The instruction set is there.
 #[inline(always)]
-unsafe fn chains_body<D: Dot>(rounds: usize) {
+unsafe fn chains_body<D: Dot>(rounds: usize, integers: bool) {
     // SAFETY: the caller vouches for the instruction set; nothing here goes through a pointer.
     unsafe {
         let (a, b) = (D::splat(std::hint::black_box(0x3c01_3c01)), D::splat(std::hint::black_box(0x3c02_3c03)));
         let mut sums = [D::zero(); CHAINS];
         for _ in 0..rounds {
-            // Products that are always the same would be taken out of the loop.
-            let a = std::hint::black_box(a);
             for sum in &mut sums {
-                *sum = D::dot(*sum, a, b);
+                // Products of integers that are always the same would be taken out of the loop.
+                *sum = if integers { D::dot(b, *sum, b) } else { D::dot(*sum, a, b) };
             }
         }
         std::hint::black_box(sums);
@@ -127,9 +126,9 @@ macro_rules! tile {
             unsafe { body::<$dot, $mr, $vectors>(words, a, lda, panel, c, ldc) }
         }
         $(#[target_feature(enable = $features)])?
-        unsafe fn chains(rounds: usize) {
+        unsafe fn chains(rounds: usize, integers: bool) {
             // SAFETY: passed on to the caller, see `chains_body`.
-            unsafe { chains_body::<$dot>(rounds) }
+            unsafe { chains_body::<$dot>(rounds, integers) }
         }
         let lanes = <$dot>::LANES;
         Tile { mr: $mr, nr: $vectors * lanes, format: $format, lanes, run, chains }
@@ -169,7 +168,7 @@ impl Tile {
     /// done, multiplications and additions.
     pub(super) fn multiply_adds(&self, rounds: usize) -> usize {
         // SAFETY: `new` has picked what the Isa proves.
-        unsafe { (self.chains)(rounds) }
+        unsafe { (self.chains)(rounds, self.format == Format::Int8) }
         2 * self.format.group() * self.lanes * CHAINS * rounds
     }
 
