@@ -217,8 +217,20 @@ impl Location {
         Some(file.canonicalize().ok().filter(|real| **real != **file).map_or_else(|| Arc::clone(file), Arc::from))
     }
 
-    /// Tells the object from all others, however it is spelt: the file it really is, or the store and the name there. Names below
-    /// a folder begin with the folder's.
+    /// What the identities of all objects in its folder, or below, begin with.
+    pub fn folder_identity(&self) -> String {
+        match &self.place {
+            // The empty name adds the slash where there is none.
+            Place::File(file) => format!("file:{}", file.parent().unwrap_or(file).join("").display()),
+            Place::Object(object) => {
+                let folder = object.path.parent().unwrap_or_default();
+                let slash = if folder.is_root() { "" } else { "/" };
+                format!("{}/{folder}{slash}", object.store_name())
+            }
+        }
+    }
+
+    /// Tells the object from all others, however it is spelt: the file it really is, or the store and the name there.
     pub fn identity(&self) -> String {
         match (self.real_file(), self.as_object()) {
             (_, Some(object)) => format!("{}/{}", object.store_name(), object.path),

@@ -95,7 +95,7 @@ pub async fn score_dataset(model: &LoadedModel, job: &DatasetJob, progress: &Pro
     let start = Instant::now();
     let plan = plan(job).await?;
     for root in plan.roots() {
-        capsieve_store::check_writable(&root.any()?).await?;
+        capsieve_store::check_writable(&root.any).await?;
     }
     let engine = LazyEngine::new(model, &job.shard, Some(job.memory_bytes))?;
     let mut report = DatasetReport { shards: plan.shards.len() as u64, ..DatasetReport::default() };

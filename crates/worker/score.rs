@@ -155,15 +155,14 @@ pub(crate) struct OpenShard {
 
 /// Opens input and output, or finds that the work is done.
 pub(crate) async fn open(job: &ScoreJob, engine: Engine<'_>, access: &Access) -> Result<Opened> {
-    let mut looks = 0;
-    loop {
-        looks += 1;
+    for _ in 1..LOOKS {
         match open_once(job, engine, access).await {
             // Another run was faster since we looked.
-            Err(Error::Store(StoreError::Exists { .. })) if !job.overwrite && looks < LOOKS => {}
+            Err(Error::Store(StoreError::Exists { .. })) if !job.overwrite => {}
             opened => return opened,
         }
     }
+    open_once(job, engine, access).await
 }
 
 async fn open_once(job: &ScoreJob, engine: Engine<'_>, access: &Access) -> Result<Opened> {

@@ -44,6 +44,8 @@ pub(crate) struct Root {
     many: bool,
     /// Its folder, where outputs are files below a prefix.
     folder: Option<PathBuf>,
+    /// Where an output could be.
+    pub(crate) any: Location,
     /// What the identities of the outputs begin with, or that of the only one.
     identity: String,
 }
@@ -79,14 +81,10 @@ impl Root {
         }
         let uri = if many && !uri.ends_with('/') { format!("{uri}/") } else { uri.to_owned() };
         let folder = if many && !is_remote(&uri) { Some(Access::everything().folder(&uri)?) } else { None };
-        let mut root = Self { uri, many, folder, identity: String::new() };
-        let any = root.any()?;
+        let any = Location::parse(&if many { below(&uri, ANY) } else { uri.clone() })?;
         any.check_store()?;
-        root.identity = any.identity();
-        if many {
-            root.identity.truncate(root.identity.len() - ANY.len());
-        }
-        Ok(root)
+        let identity = if many { any.folder_identity() } else { any.identity() };
+        Ok(Self { uri, many, folder, any, identity })
     }
 
     /// Makes the folders of an output below it, where outputs are files.
@@ -95,12 +93,6 @@ impl Root {
             Location::parse(output)?.make_folders(folder).await?;
         }
         Ok(())
-    }
-
-    /// Where an output could be.
-    pub(crate) fn any(&self) -> Result<Location> {
-        let any = if self.many { below(&self.uri, ANY) } else { self.uri.clone() };
-        Ok(Location::parse(&any)?)
     }
 
     /// What tells the output of a shard from all other objects.

@@ -107,7 +107,8 @@ impl Counts {
 
     /// Of an output that has them in its metadata.
     pub(crate) fn of(output: &Footer) -> Option<Self> {
-        serde_json::from_str(output.schema().metadata().get(SUMMARY)?).ok()
+        let counts: Self = serde_json::from_str(output.schema().metadata().get(SUMMARY)?).ok()?;
+        Some(counts).filter(|counts| counts.written <= counts.rows)
     }
 }
 

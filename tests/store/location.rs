@@ -67,6 +67,16 @@ fn links_lead_to_the_same_object() {
     let identity = |name: &str| at(base, name).identity();
     assert_eq!(identity("link.parquet"), identity("real/./a.parquet"));
     assert_ne!(identity("real/a.parquet"), identity("real/b.parquet"));
+    assert_eq!(identity("real/b.parquet"), at(base, "folder/any").folder_identity() + "b.parquet");
+    let object = |uri: &str| Location::parse(uri).unwrap();
+    for (any, name) in [
+        ("http://host/any", "b.parquet"),
+        ("http://host/a/any", "c/b.parquet"),
+        ("http://host/a%20b/any", "\u{fc}.parquet"),
+    ] {
+        let uri = any.replace("any", name);
+        assert_eq!(object(&uri).identity(), object(any).folder_identity() + name, "{uri}");
+    }
     assert_eq!(identity("folder/new.parquet"), identity("real/new.parquet"));
     // A folder that is missing below a link to one that is there.
     let (below, real) = (base.join("folder/x/y/"), base.join("real/"));
