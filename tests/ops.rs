@@ -4,6 +4,7 @@
 //! Outputs are poisoned with NaN before an operation and have spare rows behind the ones it may write; the spare rows
 //! must still be poisoned afterwards. Inputs are rounded to what the backend stores, so that the reference sees the same.
 
+mod absorbed;
 mod checks;
 mod operands;
 
@@ -151,6 +152,7 @@ on_every_backend! {
     image_tokens_prepend_the_class_row
     embed_adds_and_norms
     rows_are_taken_and_copied
+    products_of_later_rows_are_theirs
     reruns_are_identical
 }
 

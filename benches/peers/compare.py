@@ -1,154 +1,206 @@
-"""Capsieve against transformers in float32: same weights, same rows, same machine, interleaved in one run.
+"""Capsieve against transformers, ONNX Runtime and OpenVINO: same weights, rows and machine, interleaved in one run.
 
     cargo build --release
-    target/release/capsieve synth --size large --out large
-    python benches/peers/compare.py --model large --capsieve target/release/capsieve --rounds 3 --out benches/results/NAME.json
+    python3.11 -m venv target/peers; target/peers/bin/pip install -r benches/peers/requirements.txt
+    target/release/capsieve synth --size large --out target/large
+    target/peers/bin/python benches/peers/compare.py --model target/large --out benches/results/NAME.json
 
-Each round scores the same shard once by every variant, in turn, so that a machine whose speed drifts slows all of them.
-Capsieve's time is the engine stage of its stats file; a peer's is its forward passes, pixels and token ids made before.
-Every variant's scores are compared with the first peer's.
+Every variant loads the model in a process of its own and waits. Each round scores the same rows once with each of them in
+turn, so that a machine whose speed drifts slows all of them. A peer's time is its forward passes, pixels and token ids made
+before; Capsieve's is the engine's part of its stats file. All peers share the image pass of both heads, but for the model
+card's two calls. Scores are compared with those of the first peer in f32. The share of the peak is `capsieve bench`'s: exact
+operations of the forward pass in a second, against multiply-adds between registers measured just before.
 """
 import argparse
-import io
 import json
 import os
 import platform
-import random
-import resource
 import statistics
 import subprocess
+import sys
 import tempfile
-import time
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-import transformers
-from PIL import Image
-from transformers import BlipForImageTextRetrieval, BlipProcessor
+from peer import NEEDS, PEERS
+from rows import make_rows, read_pixels
+from transformers import AutoTokenizer
 
-WORDS = ("a dog cat man woman child horse car bus tree river beach street table red blue green small large old "
-         "wooden sitting running standing playing holding near under over beside with and the of in on").split()
+HERE = Path(__file__).resolve().parent
+CALIBRATION_ROWS = 8
 
 
-def make_shard(path, rows, seed):
-    """A shard of smooth random photographs (lossless, so that every decoder agrees) and captions of 6 to 33 words."""
-    rng, random_words = np.random.default_rng(seed), random.Random(seed)
-    images, captions = [], []
-    for _ in range(rows):
-        small = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        image = Image.fromarray(small).resize((640, 480), Image.BICUBIC)
-        file = io.BytesIO()
-        image.save(file, "PNG", compress_level=1)
-        images.append(file.getvalue())
-        captions.append(" ".join(random_words.choices(WORDS, k=random_words.randint(6, 33))))
-    pq.write_table(pa.table({"image": images, "caption": captions}), path)
-    return images, captions
+def processor():
+    """The processor's name, and which of the vector instructions that matter it has."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii")
+    except OSError:
+        return {"cpu": platform.processor() or platform.machine()}
+    field = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in text.splitlines())}
+    wanted = {"avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile"}
+    return {"cpu": field.get("model name"), "instructions": sorted(wanted & set(field.get("flags", "").split()))}
+
+
+def write_inputs(a, work):
+    """The shard that Capsieve reads, and what it says as the arrays that peers take."""
+    config = json.loads((Path(a.model) / "config.json").read_text(encoding="utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(a.model)
+    for name, count, seed in (("rows", a.rows, a.seed), ("calibration", CALIBRATION_ROWS, a.seed + 1000)):
+        shard = work / f"{name}.parquet"
+        make_rows(shard, count, config["vision_config"]["image_size"], seed)
+        pixels, captions = read_pixels(shard)
+        tokens = [tokenizer(caption)["input_ids"] for caption in captions]
+        ids = np.zeros((len(tokens), max(map(len, tokens))), np.int64)
+        for row, of in zip(ids, tokens):
+            row[:len(of)] = of
+        np.savez(work / f"{name}.npz", pixels=pixels, ids=ids, lengths=np.array([len(t) for t in tokens]))
 
 
 class Peer:
-    """transformers' class, called in one of the ways people call it."""
+    """A peer that waits in its process."""
 
-    def __init__(self, folder, batch, attention):
-        self.model = BlipForImageTextRetrieval.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
-        self.model.eval()
-        self.batch = batch
+    def __init__(self, a, work, name, batch):
+        command = [sys.executable, HERE / "peer.py", "run", name, "--model", a.model, "--work", work,
+                   "--batch", str(batch), "--threads", str(a.threads)]
+        self.process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE if a.quiet else None, text=True)
+        self.answer("ready")
 
-    def two_calls(self, pixels, texts):
-        """The model card's way: the whole model once for each head."""
-        itm = self.model(pixel_values=pixels, **texts)[0].softmax(1)[:, 1]
-        cosine = self.model(pixel_values=pixels, use_itm_head=False, **texts)[0].diagonal()
-        return itm, cosine
+    def answer(self, wanted=None):
+        for line in self.process.stdout:
+            if wanted is None and line.startswith("{"):
+                return json.loads(line)
+            if wanted and line.strip() == wanted:
+                return None
+        raise RuntimeError(f"the peer ended with {self.process.wait()}")
 
-    def shared(self, pixels, texts):
-        """The optimised user's way: one image pass for both heads."""
-        m, ids, mask = self.model, texts["input_ids"], texts["attention_mask"]
-        embeds = m.vision_model(pixel_values=pixels)[0]
-        seen = torch.ones(embeds.shape[:-1], dtype=torch.long)
-        text = m.text_encoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=embeds,
-                              encoder_attention_mask=seen, return_dict=True)[0]
-        itm = m.itm_head(text[:, 0]).softmax(1)[:, 1]
-        text = m.text_encoder(input_ids=ids, attention_mask=mask, return_dict=True)[0]
-        u = torch.nn.functional.normalize(m.vision_proj(embeds[:, 0]), dim=-1)
-        w = torch.nn.functional.normalize(m.text_proj(text[:, 0]), dim=-1)
-        return itm, (u * w).sum(1)
-
-    @torch.inference_mode()
-    def run(self, way, pixels, captions, tokenizer):
-        """Scores all rows; returns seconds and scores [rows, 2]."""
-        batches = [(pixels[i:i + self.batch],
-                    tokenizer(captions[i:i + self.batch], padding=True, return_tensors="pt"))
-                   for i in range(0, len(captions), self.batch)]
-        batches = [(p, {k: t[k] for k in ("input_ids", "attention_mask")}) for p, t in batches]
-        start = time.perf_counter()
-        scores = [torch.stack(getattr(self, way)(p, t), 1) for p, t in batches]
-        return time.perf_counter() - start, torch.cat(scores).numpy()
+    def run(self):
+        self.process.stdin.write("run\n")
+        self.process.stdin.flush()
+        return self.answer()
 
 
-def run_capsieve(binary, model, shard, folder, extra):
-    """Scores the shard with the binary; returns the engine's seconds, the scores and the process's peak memory."""
-    out = os.path.join(folder, "scored.parquet")
-    command = [binary, "score", "--model", model, "--input", shard, "--output", out, "--overwrite", *extra]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    stats = json.load(open(os.path.join(folder, "scored.stats.json")))
-    table = pq.read_table(out, columns=["itm_score", "cosine_score"])
-    scores = np.stack([np.array(c) for c in table.columns], 1)
-    return stats["seconds"]["engine"], scores, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+class Capsieve:
+    """The binary, started anew for each round: its engine's time does not count the loading."""
+
+    def __init__(self, a, work, precision, batch):
+        self.work, self.out = work, work / f"scored-{precision}-{batch}"
+        self.command = [a.capsieve, "score", "--model", a.model, "--input", work / "rows.parquet", "--overwrite",
+                        "--output", f"{self.out}.parquet", "--precision", precision, "--batch-size", str(batch),
+                        "--threads", str(a.threads), "--device", "cpu"]
+
+    def run(self):
+        done = subprocess.Popen(list(map(str, self.command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, used = os.wait4(done.pid, 0)
+        if status:
+            raise RuntimeError(f"{self.command} ended with {status}")
+        stats = json.loads(Path(f"{self.out}.stats.json").read_text(encoding="utf-8"))
+        columns = pq.read_table(f"{self.out}.parquet", columns=["itm_score", "cosine_score"]).columns
+        scores = np.stack([np.asarray(c) for c in columns], 1).tolist()
+        return {"seconds": stats["seconds"]["engine"], "scores": scores, "peak_kb": used.ru_maxrss}
+
+
+def share_of_peak(a, precision, batch):
+    """What `capsieve bench` says of one precision."""
+    command = [a.capsieve, "bench", "--model", a.model, "--device", "cpu", "--precision", precision, "--seconds", "5",
+               "--batch-size", str(batch), "--threads", str(a.threads), "--json"]
+    report = json.loads(subprocess.run(list(map(str, command)), check=True, capture_output=True).stdout)
+    return {k: report[k] for k in ("device", "engine_gflops", "ceiling_gflops", "engine_pairs_per_second", "stages")}
+
+
+def start(a, work):
+    """All variants that this machine has, ready."""
+    made, variants = set(), {}
+    for precision in a.precisions:
+        for batch in a.batches:
+            variants[f"capsieve {precision}", batch] = Capsieve(a, work, precision, batch)
+    for name in PEERS:
+        chosen = name.split()[0] in a.peers and any(p in name.split() for p in a.precisions)
+        if not chosen or name in a.without:
+            continue
+        try:
+            for need in NEEDS.get(name, []):
+                if need not in made:
+                    command = [sys.executable, HERE / "peer.py", "make", need, "--model", a.model, "--work", work]
+                    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+                    made.add(need)
+            for batch in a.batches:
+                variants[name, batch] = Peer(a, work, name, batch)
+                print(f"{name}, batch {batch}: ready", flush=True)
+        except (RuntimeError, subprocess.CalledProcessError) as failed:
+            print(f"{name}: left out, for {failed}", flush=True)
+    return variants
+
+
+def measure(a, variants):
+    """Rounds in turn: pairs/s, last scores and peak memory of each variant."""
+    found = {}
+    for turn in range(a.rounds):
+        for (name, batch), variant in variants.items():
+            got = variant.run()
+            of = found.setdefault((name, batch), {"pairs_per_second": []})
+            of["pairs_per_second"].append(a.rows / got["seconds"])
+            of["peak_mb"], of["scores"] = round(got["peak_kb"] / 1024), np.array(got["scores"])
+            print(f"round {turn + 1}, {name}, batch {batch}: {a.rows / got['seconds']:.3f} pairs/s", flush=True)
+    return found
+
+
+def report(a, found):
+    """Best batch of each variant, its drift from f32, and the ratios that matter."""
+    reference = next((of["scores"] for (name, _), of in found.items() if name.split()[0] != "capsieve" and "f32" in name),
+                     next(iter(found.values()))["scores"])
+    best = {}
+    for (name, batch), of in found.items():
+        drift = np.abs(of.pop("scores") - reference)
+        of["median"] = statistics.median(of["pairs_per_second"])
+        for column, head in enumerate(("itm", "cosine")):
+            of[f"{head}_drift"] = {"max": float(drift[:, column].max()), "mean": float(drift[:, column].mean())}
+        if name not in best or of["median"] > best[name]["median"]:
+            best[name] = {"batch": batch, **of}
+    ratios = {}
+    for precision in a.precisions:
+        ours = best.get(f"capsieve {precision}")
+        peers = {n: b["median"] for n, b in best.items() if precision in n.split() and not n.startswith("capsieve")}
+        for name, median in peers.items() if ours else ():
+            ratios[f"{precision}: {name}"] = ours["median"] / median
+    return best, ratios
 
 
 def main():
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("--model", required=True, help="folder in Hugging Face's layout")
-    args.add_argument("--capsieve", required=True, help="the binary")
+    args.add_argument("--capsieve", default="target/release/capsieve", help="the binary")
     args.add_argument("--rows", type=int, default=8)
     args.add_argument("--rounds", type=int, default=3)
     args.add_argument("--threads", type=int, default=os.cpu_count())
-    args.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8], help="batch sizes of the peers")
+    args.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8])
+    args.add_argument("--precisions", nargs="+", default=["f32", "bf16", "int8"])
+    args.add_argument("--peers", nargs="+", default=["transformers", "onnxruntime", "openvino"])
+    args.add_argument("--without", nargs="*", default=[], help="peers by their whole names")
     args.add_argument("--seed", type=int, default=1)
+    args.add_argument("--quiet", action="store_true", help="hides what peers write to stderr")
+    args.add_argument("--work", help="keeps what is made for the peers there")
     args.add_argument("--out", help="raw results, JSON")
     a = args.parse_args()
-    torch.set_num_threads(a.threads)
-    processor = BlipProcessor.from_pretrained(a.model, backend="pil")
     with tempfile.TemporaryDirectory() as folder:
-        shard = os.path.join(folder, "rows.parquet")
-        images, captions = make_shard(shard, a.rows, a.seed)
-        images = [Image.open(io.BytesIO(b)).convert("RGB") for b in images]
-        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        variants = {"capsieve": None}
-        for batch in a.batches:
-            for attention in ("eager", "sdpa"):
-                try:
-                    peer = Peer(a.model, batch, attention)
-                except ValueError as refused:
-                    print(f"transformers has no {attention} attention for this model: {refused}")
-                    continue
-                for way in ("two_calls", "shared"):
-                    variants[f"transformers {attention} {way} batch {batch}"] = (peer, way)
-        times, first, drift, peak = {}, None, {}, 0
-        for _ in range(a.rounds):
-            for name, peer in variants.items():
-                if peer is None:
-                    seconds, scores, peak = run_capsieve(a.capsieve, a.model, shard, folder, ["--threads", str(a.threads)])
-                    ours = scores
-                else:
-                    seconds, scores = peer[0].run(peer[1], pixels, captions, processor.tokenizer)
-                    first = scores if first is None else first
-                    drift[name] = np.abs(scores - ours).max(0).tolist()
-                times.setdefault(name, []).append(a.rows / seconds)
-                print(f"{name}: {a.rows / seconds:.3f} pairs/s", flush=True)
-    medians = {name: statistics.median(t) for name, t in times.items()}
-    best = max((n for n in medians if n != "capsieve"), key=medians.get)
-    result = {"machine": {"cpu": platform.processor() or platform.machine(), "threads": a.threads},
-              "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-              "rows": a.rows, "pairs_per_second": times, "median": medians, "best_peer": best,
-              "ratio_to_best_peer": medians["capsieve"] / medians[best],
-              "score_difference_to_capsieve_itm_cosine": drift, "capsieve_peak_kb": peak}
-    print(json.dumps({k: result[k] for k in ("median", "best_peer", "ratio_to_best_peer")}, indent=1))
+        work = Path(a.work or folder).resolve()
+        work.mkdir(exist_ok=True)
+        write_inputs(a, work)
+        found = measure(a, start(a, work))
+        best, ratios = report(a, found)
+        packages = ["torch", "transformers", "onnxruntime", "openvino", "nncf"]
+        peak = {p: share_of_peak(a, p, best[f"capsieve {p}"]["batch"]) for p in a.precisions}
+    result = {"machine": {**processor(), "threads": a.threads}, "versions": {p: version(p) for p in packages}, "rows": a.rows,
+              "variants": [{"name": n, "batch": b, **of} for (n, b), of in found.items()], "best": best,
+              "ours_to_peer": ratios, "peak": peak}
+    for name, of in sorted(best.items(), key=lambda item: -item[1]["median"]):
+        print(f"{name:>30} {of['median']:.3f} pairs/s at batch {of['batch']}, {of['peak_mb']} MB, ITM off by at most "
+              f"{of['itm_drift']['max']:.1e}, cosine {of['cosine_drift']['max']:.1e}")
+    print(json.dumps(ratios, indent=1))
     if a.out:
-        with open(a.out, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
+        Path(a.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

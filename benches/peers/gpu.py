@@ -10,10 +10,8 @@ PyTorch with scaled_dot_product_attention, which transformers lacks for this mod
 torch.compile. Pixels are on the card as bytes, as they are for capsieve. `--device cpu` tries all of it without a card.
 """
 import argparse
-import io
 import json
 import os
-import random
 import statistics
 import time
 
@@ -83,7 +81,7 @@ class Network(torch.nn.Module):
         x = (pixels.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean) / self.std
         weight, bias = (self.get(f"{name}embeddings.patch_embedding.{part}") for part in ("weight", "bias"))
         x = F.conv2d(x, weight, bias, c["patch_size"]).flatten(2).transpose(1, 2)
-        first = self.get(name + "embeddings.class_embedding").expand(len(x), 1, -1)
+        first = self.get(name + "embeddings.class_embedding").expand(x.shape[0], 1, -1)
         x = torch.cat([first, x], 1) + self.get(name + "embeddings.position_embedding")
         for i in range(c["num_hidden_layers"]):
             layer = f"{name}encoder.layers.{i}."
@@ -155,7 +153,7 @@ def load(folder, variant, dtype, device):
     tensors = load_file(os.path.join(folder, "model.safetensors"))
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
         network = Network(tensors, json.load(file)).to(device, dtype).eval()
-    return torch.compile(network, mode="max-autotune") if variant == "compile" else network
+    return torch.compile(network, mode="max-autotune" if device == "cuda" else "default") if variant == "compile" else network
 
 
 def ceiling(a):
@@ -216,35 +214,15 @@ def end_to_end(a):
         del model
 
 
-def make_rows(a):
-    """PNG images of the model's size, so that every reader sees the same pixels, and captions of 6 to 33 words."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from PIL import Image
-
-    from compare import WORDS
-    rng, words = np.random.default_rng(1), random.Random(1)
-    images, captions = [], []
-    for _ in range(a.rows_count):
-        image = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((a.side, a.side), Image.BICUBIC)
-        file = io.BytesIO()
-        image.save(file, "PNG", compress_level=1)
-        images.append(file.getvalue())
-        captions.append(" ".join(words.choices(WORDS, k=words.randint(6, 33))))
-    pq.write_table(pa.table({"image": images, "caption": captions}), a.out)
-
-
 @torch.inference_mode()
 def parity(a):
     """Scores of each mode, ours and PyTorch's f16, against PyTorch in f32 without TF32."""
     import pyarrow.parquet as pq
-    from PIL import Image
+    from rows import read_pixels
     from transformers import AutoTokenizer
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    table = pq.read_table(a.rows)
-    images = [np.asarray(Image.open(io.BytesIO(image.as_py())).convert("RGB")) for image in table["image"]]
-    pixels = torch.from_numpy(np.stack(images)).to(a.device)
-    captions, tokenizer = table["caption"].to_pylist(), AutoTokenizer.from_pretrained(a.model)
+    pixels, captions = read_pixels(a.rows)
+    pixels, tokenizer = torch.from_numpy(pixels).to(a.device), AutoTokenizer.from_pretrained(a.model)
 
     def scores(precision):
         model, out = load(a.model, "sdpa", TYPES[precision], a.device), []
@@ -281,7 +259,10 @@ def main():
     args.add_argument("--side", type=int, default=384)
     args.add_argument("--scored", nargs="*", default=[], help="MODE=PARQUET: what capsieve made of the rows")
     a = args.parse_args()
-    {"ceiling": ceiling, "gemm": gemm, "attention": attention, "end-to-end": end_to_end, "make-rows": make_rows,
+    if a.step == "make-rows":
+        from rows import make_rows
+        return make_rows(a.out, a.rows_count, a.side)
+    {"ceiling": ceiling, "gemm": gemm, "attention": attention, "end-to-end": end_to_end,
      "parity": parity}[a.step](a)
 
 

@@ -10,6 +10,8 @@
 //! * nothing is allocated after loading;
 //! * work may be queued: what fails then is reported by the next [`Backend::read`], and what was queued after it is void.
 
+use std::ops::Range;
+
 use crate::{Error, Precision};
 
 /// What happens to a product before it is stored.
@@ -56,6 +58,17 @@ pub struct Span {
     pub kv_len: usize,
 }
 
+/// Images that cross-attention sees at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Images {
+    /// How many.
+    pub count: usize,
+    /// Tokens of each.
+    pub tokens: usize,
+    /// Values of a token.
+    pub width: usize,
+}
+
 /// Image geometry of the patch operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Patches {
@@ -90,6 +103,10 @@ pub trait Backend: Send {
     type Linear: Send + Sync;
     /// A layer norm's gain, bias and eps.
     type Norm: Send + Sync;
+    /// A layer's weights for cross-attention to images that are [`Self::Seen`].
+    type Absorbed: Send + Sync;
+    /// Images as keys and values of all heads of all layers.
+    type Seen: Send + Sync;
 
     /// What computes, in words: "cpu (avx512, 2 threads)".
     fn device(&self) -> String;
@@ -119,6 +136,45 @@ pub trait Backend: Send {
 
     /// A layer norm from `gain [cols]` and `bias [cols]`.
     fn norm_weights(&self, gain: &[f32], bias: &[f32], eps: f32) -> Result<Self::Norm, Error>;
+
+    /// The weights of keys and values, each `[out, inputs]` row-major, and the values' bias, for [`Self::attend_seen`]: a backend may
+    /// know a way to do with fewer operations what it does for few rows. The keys' bias moves all scores of a row alike, and makes no
+    /// difference.
+    fn absorbed_weights(
+        &self,
+        key: &[f32],
+        value: (&[f32], &[f32]),
+        inputs_and_heads: (usize, usize),
+    ) -> Result<Option<Self::Absorbed>, Error> {
+        let _ = (key, value, inputs_and_heads);
+        Ok(None)
+    }
+
+    /// Room for what [`Self::see`] makes; none where there is no such way.
+    fn alloc_seen(&self, images: Images, head_size: usize) -> Result<Option<Self::Seen>, Error> {
+        let _ = (images, head_size);
+        Ok(None)
+    }
+
+    /// Makes keys and values of the tokens of each span's image, if that is the faster way for as many rows as the spans have: otherwise
+    /// it does nothing and returns false.
+    fn see(&mut self, images: &Self::Buf, spans: &[Span], head_size: usize, seen: &mut Self::Seen) -> bool {
+        let _ = (images, spans, head_size, seen);
+        false
+    }
+
+    /// What [`Self::attention`] gives for `q` and the keys and values of the images that were seen for the same spans.
+    fn attend_seen(
+        &mut self,
+        q: &Self::Buf,
+        spans: &[Span],
+        seen: &Self::Seen,
+        w: &Self::Absorbed,
+        out: &mut Self::Buf,
+    ) {
+        let _ = (q, spans, seen, w, out);
+        unreachable!("nothing was seen");
+    }
 
     /// Begins to bring the images of the next [`Self::patchify`] to the device, beside other work: that one must get the
     /// same. None: other images come next. It saves time and changes nothing else.
@@ -150,7 +206,19 @@ pub trait Backend: Send {
     fn embed(&mut self, text: TextRows<'_>, tables: (&Self::Buf, &Self::Buf), norm: &Self::Norm, out: &mut Self::Buf);
 
     /// `out [rows, outputs]` from `x [rows, inputs]`; see [`Epilogue`].
-    fn linear(&mut self, x: &Self::Buf, rows: usize, w: &Self::Linear, epilogue: Epilogue, out: &mut Self::Buf);
+    fn linear(&mut self, x: &Self::Buf, rows: usize, w: &Self::Linear, epilogue: Epilogue, out: &mut Self::Buf) {
+        self.linear_of(x, 0..rows, w, epilogue, out);
+    }
+
+    /// The same of these rows of x: the first one's result is row 0 of `out`.
+    fn linear_of(
+        &mut self,
+        x: &Self::Buf,
+        rows: Range<usize>,
+        w: &Self::Linear,
+        epilogue: Epilogue,
+        out: &mut Self::Buf,
+    );
 
     /// `out[r] = (x[r] - mean) / sqrt(var + eps) * gain + bias`, biased variance, for the first `rows` rows.
     fn layer_norm(&mut self, x: &Self::Buf, rows: usize, norm: &Self::Norm, out: &mut Self::Buf);

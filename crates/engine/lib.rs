@@ -34,7 +34,7 @@ pub use profile::Stage;
 /// The parts of the engine that its tests compare with independent references; not for users.
 #[doc(hidden)]
 pub mod testing {
-    pub use crate::backend::{Backend, Columns, Epilogue, Patches, Span, TextRows};
+    pub use crate::backend::{Backend, Columns, Epilogue, Images, Patches, Span, TextRows};
     pub use crate::cpu::{AttentionLimits, CpuBackend, Isa, ceiling};
     #[cfg(feature = "cuda")]
     pub use crate::cuda::Gpu;

@@ -2,9 +2,10 @@
 //! products can be compared with.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::time::Instant;
 
-use crate::backend::{Backend, Care, Columns, Epilogue, Patches, Span, TextRows};
+use crate::backend::{Backend, Care, Columns, Epilogue, Images, Patches, Span, TextRows};
 use crate::checkpoint::Checkpoint;
 use crate::model::Model;
 use crate::{Batch, Error, Options, PixelLut, Precision, Scorer};
@@ -92,6 +93,11 @@ struct Sized<M> {
     cols: usize,
 }
 
+struct Heads<A> {
+    inner: A,
+    heads: usize,
+}
+
 struct Layer<L> {
     inner: L,
     inputs: usize,
@@ -121,6 +127,8 @@ impl<B: Backend> Backend for Profiled<B> {
     type Buf = Sized<B::Buf>;
     type Linear = Layer<B::Linear>;
     type Norm = B::Norm;
+    type Absorbed = Heads<B::Absorbed>;
+    type Seen = Sized<B::Seen>;
 
     fn device(&self) -> String {
         self.inner.device()
@@ -170,15 +178,61 @@ impl<B: Backend> Backend for Profiled<B> {
         self.time("embed".to_owned(), 0.0, |inner| inner.embed(text, tables, norm, &mut out.inner));
     }
 
-    fn linear(&mut self, x: &Self::Buf, rows: usize, w: &Self::Linear, epilogue: Epilogue, out: &mut Self::Buf) {
+    fn absorbed_weights(
+        &self,
+        key: &[f32],
+        value: (&[f32], &[f32]),
+        (inputs, heads): (usize, usize),
+    ) -> Result<Option<Self::Absorbed>, Error> {
+        let inner = self.inner.absorbed_weights(key, value, (inputs, heads))?;
+        Ok(inner.map(|inner| Heads { inner, heads }))
+    }
+
+    fn alloc_seen(&self, images: Images, head_size: usize) -> Result<Option<Self::Seen>, Error> {
+        let inner = self.inner.alloc_seen(images, head_size)?;
+        Ok(inner.map(|inner| Sized { inner, cols: images.width }))
+    }
+
+    fn see(&mut self, images: &Self::Buf, spans: &[Span], head_size: usize, seen: &mut Self::Seen) -> bool {
+        let mut sees = false;
+        self.time("images seen".to_owned(), 0.0, |inner| {
+            sees = inner.see(&images.inner, spans, head_size, &mut seen.inner);
+        });
+        sees
+    }
+
+    fn attend_seen(
+        &mut self,
+        q: &Self::Buf,
+        spans: &[Span],
+        seen: &Self::Seen,
+        w: &Self::Absorbed,
+        out: &mut Self::Buf,
+    ) {
+        let name = format!("cross-attention to {} values", seen.cols);
+        let (rows, scores) =
+            spans.iter().fold((0, 0), |(rows, scores), span| (rows + span.q_len, scores + span.q_len * span.kv_len));
+        // From each head's size to the width of the tokens and back, and with all of them.
+        let flops = 4.0 * (rows * out.cols * seen.cols + scores * w.heads * seen.cols) as f64;
+        self.time(name, flops, |inner| inner.attend_seen(&q.inner, spans, &seen.inner, &w.inner, &mut out.inner));
+    }
+
+    fn linear_of(
+        &mut self,
+        x: &Self::Buf,
+        rows: Range<usize>,
+        w: &Self::Linear,
+        epilogue: Epilogue,
+        out: &mut Self::Buf,
+    ) {
         let behind = match epilogue {
             Epilogue::Store => "",
             Epilogue::Gelu => ", gelu",
             Epilogue::Accumulate => ", residual",
         };
         let name = format!("product {} -> {}{behind}", w.inputs, w.outputs);
-        let flops = 2.0 * (rows * w.inputs * w.outputs) as f64;
-        self.time(name, flops, |inner| inner.linear(&x.inner, rows, &w.inner, epilogue, &mut out.inner));
+        let flops = 2.0 * (rows.len() * w.inputs * w.outputs) as f64;
+        self.time(name, flops, |inner| inner.linear_of(&x.inner, rows, &w.inner, epilogue, &mut out.inner));
     }
 
     fn layer_norm(&mut self, x: &Self::Buf, rows: usize, norm: &B::Norm, out: &mut Self::Buf) {

@@ -97,7 +97,7 @@ pub(super) fn layer_norm_equals_naive<B: Backend>(backend: &mut B, on: &On) {
 }
 
 /// One head's attention in f64.
-fn naive_attention(q: &[f32], k: &[&[f32]], v: &[&[f32]]) -> Vec<f64> {
+pub(super) fn naive_attention(q: &[f32], k: &[&[f32]], v: &[&[f32]]) -> Vec<f64> {
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
     let scores: Vec<f64> = k.iter().map(|k| dot(q, k) / (q.len() as f64).sqrt()).collect();
     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -296,6 +296,24 @@ pub(super) fn rows_are_taken_and_copied<B: Backend>(backend: &mut B, on: &On) {
     let mut out = poisoned(backend, 2, 5);
     backend.run(|backend| backend.copy_rows(&input, 2, &mut out));
     assert_eq!(read(backend, &out, 2, 5), x[..10], "{}", on.name);
+}
+
+/// Rows from the middle of a matrix, as images that follow others are.
+pub(super) fn products_of_later_rows_are_theirs<B: Backend>(backend: &mut B, on: &On) {
+    let (rows, k, n) = (37, 20, 19);
+    let (x, w, b) = (on.values(rows * k, 1), on.values(n * k, 2), on.values(n, 3));
+    let linear = backend.linear_weights(&w, &b, k).unwrap();
+    let input = backend.upload(rows, k, &x).unwrap();
+    for part in [0..rows, 0..1, 5..6, 7..30, 36..37, 9..9] {
+        let alone = backend.upload(rows, k, &[&x[part.start * k..], &x[..part.start * k]].concat()).unwrap();
+        let (mut got, mut want) = (poisoned(backend, part.len(), n), poisoned(backend, part.len(), n));
+        backend.run(|backend| {
+            backend.linear_of(&input, part.clone(), &linear, Epilogue::Store, &mut got);
+            backend.linear(&alone, part.len(), &linear, Epilogue::Store, &mut want);
+        });
+        let [got, want] = [got, want].map(|buf| read(backend, &buf, part.len(), n));
+        assert_eq!(got, want, "{} {part:?}", on.name);
+    }
 }
 
 pub(super) fn reruns_are_identical<B: Backend>(backend: &mut B, on: &On) {

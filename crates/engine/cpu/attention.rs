@@ -9,15 +9,60 @@ use std::sync::Mutex;
 use rayon::prelude::*;
 
 use super::elementwise::{scale, softmax_unscaled};
-use super::memory::{Aligned, floats};
+use super::memory::{Aligned, Shared, floats};
 use super::pack::{Row, columns};
 use super::simd::Isa;
-use super::tile::{Format, TILE_MAX, Tile};
+use super::tile::{Format, Tile};
 use crate::Error;
 use crate::backend::Span;
 
 /// Query rows of a block: a multiple of every tile's rows.
 const Q_ROWS: usize = 24;
+
+/// Room for the scores of a block of query rows.
+pub(super) struct Block {
+    tile: Tile,
+    scores: Aligned<u32>,
+    /// Scores after the softmax, where they are no f32.
+    weights: Aligned<u32>,
+    totals: Vec<f32>,
+}
+
+impl Block {
+    /// Room for `rows` query rows, a multiple of the tile's, and `keys_max` keys. Errors: no memory.
+    pub(super) fn new(tile: Tile, rows: usize, keys_max: usize) -> Result<Self, Error> {
+        let (format, keys) = (tile.format, keys_max.next_multiple_of(tile.nr));
+        assert!(format != Format::Int8, "the softmax's weights are no bytes");
+        let weights = if format == Format::F32 { 0 } else { rows * format.words(keys) };
+        let (scores, weights) = (Aligned::zeroed(rows * keys)?, Aligned::zeroed(weights)?);
+        Ok(Self { tile, scores, weights, totals: vec![0.0; rows] })
+    }
+
+    /// `out = e^(q kᵀ - max) v` for `rows` rows of queries, which come with their stride and are scaled already; keys and values are
+    /// panels. Returns what each row is to be divided by.
+    pub(super) fn attend(
+        &mut self,
+        isa: Isa,
+        (queries, stride, rows): (&[u32], usize, usize),
+        (keys, values, count): (&[u32], &[u32], usize),
+        (out, out_stride): (&mut [u32], usize),
+    ) -> &[f32] {
+        let Self { tile, scores, weights, totals } = self;
+        let (format, how) = (tile.format, Row::new(isa, tile, &[]));
+        let (padded, words) = (count.next_multiple_of(tile.nr), format.words(count));
+        tile.run_all(stride, (queries, stride, rows), keys, (scores, padded));
+        for (i, (total, scores)) in totals.iter_mut().zip(scores.chunks_exact_mut(padded)).take(rows).enumerate() {
+            let scores = &mut floats(scores)[..count];
+            *total = softmax_unscaled(isa, scores);
+            if format != Format::F32 {
+                how.words(isa, scores, &mut weights[i * words..][..words]);
+            }
+        }
+        let (weights, stride): (&[u32], _) = if format == Format::F32 { (scores, padded) } else { (weights, words) };
+        tile.run_all(words, (weights, stride, rows), values, (out, out_stride));
+        totals
+    }
+}
 
 /// Per-thread room for one head's keys and values and one block of queries and scores.
 pub(super) struct Head {
@@ -27,26 +72,23 @@ pub(super) struct Head {
     queries: Aligned<u32>,
     keys: Aligned<u32>,
     values: Aligned<u32>,
-    scores: Aligned<u32>,
-    /// Scores after the softmax, where they are no f32.
-    weights: Aligned<u32>,
+    block: Block,
+    sums: Aligned<u32>,
 }
 
 impl Head {
     /// Room for spans of at most `keys_max` keys and heads of at most `size_max` values. Errors: no memory.
     pub(super) fn new(isa: Isa, format: Format, keys_max: usize, size_max: usize) -> Result<Self, Error> {
-        assert!(format != Format::Int8, "the softmax's weights are no bytes");
         let tile = Tile::new(isa, format);
         let (keys, size) = (keys_max.next_multiple_of(tile.nr), size_max.next_multiple_of(tile.nr));
-        let weights = if format == Format::F32 { 0 } else { Q_ROWS * format.words(keys) };
         Ok(Self {
             tile,
             row: Aligned::zeroed(size_max)?,
             queries: Aligned::zeroed(Q_ROWS * format.words(size_max))?,
             keys: Aligned::zeroed(keys * format.words(size_max))?,
             values: Aligned::zeroed(format.words(keys_max) * size)?,
-            scores: Aligned::zeroed(Q_ROWS * keys)?,
-            weights: Aligned::zeroed(weights)?,
+            block: Block::new(tile, Q_ROWS, keys_max)?,
+            sums: Aligned::zeroed(Q_ROWS * size)?,
         })
     }
 }
@@ -63,21 +105,16 @@ pub(super) struct Strided<'a> {
 }
 
 impl<'a> Strided<'a> {
-    fn row(&self, row: usize, head: usize, size: usize) -> &'a [f32] {
-        &self.data[row * self.stride + self.first + head * size..][..size]
+    /// From this row and this column of the block on.
+    pub(super) fn from(self, row: usize, first: usize) -> Self {
+        Self { data: &self.data[row * self.stride..], first: self.first + first, ..self }
+    }
+
+    /// `size` columns from column `first` of the block on.
+    pub(super) fn row(&self, row: usize, first: usize, size: usize) -> &'a [f32] {
+        &self.data[row * self.stride + self.first + first..][..size]
     }
 }
-
-/// The output `[rows, heads * size]`, shared by tasks that write different rows or heads.
-struct Output {
-    start: *mut f32,
-    cols: usize,
-    len: usize,
-}
-
-// SAFETY: the pointer comes from a `&mut [f32]` that outlives the parallel loop; a task writes only the columns of its
-// head in the rows of its span, and (span, head) pairs are different for all tasks (spans do not overlap in q).
-unsafe impl Sync for Output {}
 
 /// `out = softmax(q kᵀ / √size) v` for each span and head. `scratch` has one entry per thread of the current pool.
 pub(super) fn attention(
@@ -86,18 +123,21 @@ pub(super) fn attention(
     [q, k, v]: [Strided<'_>; 3],
     spans: &[Span],
     heads: usize,
-    out: (&mut [f32], usize),
+    out: &Shared<'_>,
 ) {
-    let (out, cols) = out;
-    assert_eq!(cols % heads, 0, "{cols} columns in {heads} heads");
-    let disjoint = spans.windows(2).all(|w| w[0].q + w[0].q_len <= w[1].q);
-    assert!(disjoint, "spans are sorted by query row and do not overlap");
-    let out = Output { start: out.as_mut_ptr(), cols, len: out.len() };
+    assert_eq!(out.cols() % heads, 0, "{} columns in {heads} heads", out.cols());
+    assert_disjoint(spans);
     (0..spans.len() * heads).into_par_iter().with_max_len(1).for_each(|i| {
         let thread = rayon::current_thread_index().expect("the backend runs on its own pool");
         let mut room = scratch[thread].lock().expect("no task panics while it holds the room");
-        one_head(isa, &mut room, [q, k, v], &spans[i / heads], i % heads, &out, cols / heads);
+        one_head(isa, &mut room, [q, k, v], &spans[i / heads], i % heads, out, out.cols() / heads);
     });
+}
+
+/// What lets tasks of different spans write at the same time.
+pub(super) fn assert_disjoint(spans: &[Span]) {
+    let disjoint = spans.windows(2).all(|w| w[0].q + w[0].q_len <= w[1].q);
+    assert!(disjoint, "spans are sorted by query row and do not overlap");
 }
 
 fn one_head(
@@ -106,77 +146,63 @@ fn one_head(
     [q, k, v]: [Strided<'_>; 3],
     span: &Span,
     head: usize,
-    out: &Output,
+    out: &Shared<'_>,
     size: usize,
 ) {
-    let (tile, format) = (room.tile, room.tile.format);
-    let (mr, nr) = (tile.mr, tile.nr);
-    let (padded, size_words, key_words) =
-        (span.kv_len.next_multiple_of(nr), format.words(size), format.words(span.kv_len));
-    let how = Row::new(isa, format, &[]);
-    pack(isa, room, [k, v], span, head, size);
+    let Head { tile, row, queries, keys, values, block, sums } = room;
+    let (words, stride) = (tile.format.words(size), size.next_multiple_of(tile.nr));
+    let how = Row::new(isa, tile, &[]);
+    let kv = [k, v].map(|of| of.from(span.kv, head * size));
+    let (keys, values) = pack(isa, tile, kv, (span.kv_len, size), (keys, values), queries);
     let factor = 1.0 / (size as f32).sqrt();
-    let mut sums = [0_u32; TILE_MAX];
     for first in (0..span.q_len).step_by(Q_ROWS) {
         let rows = Q_ROWS.min(span.q_len - first);
         for i in 0..rows {
-            scale(isa, q.row(span.q + first + i, head, size), factor, &mut room.row[..size]);
-            how.words(isa, &room.row[..size], &mut room.queries[i * size_words..][..size_words]);
+            scale(isa, q.row(span.q + first + i, head * size, size), factor, &mut row[..size]);
+            how.words(isa, &row[..size], &mut queries[i * words..][..words]);
         }
-        for block in (0..rows).step_by(mr) {
-            for p in 0..padded / nr {
-                let queries = (&room.queries[block * size_words..], size_words);
-                let scores = (&mut room.scores[block * padded + p * nr..], padded);
-                tile.run(size_words, queries, &room.keys[p * nr * size_words..][..nr * size_words], scores);
-            }
-        }
-        let mut totals = [0.0_f32; Q_ROWS];
-        for (i, (total, scores)) in totals.iter_mut().zip(room.scores.chunks_exact_mut(padded)).take(rows).enumerate() {
-            let scores = &mut floats(scores)[..span.kv_len];
-            *total = softmax_unscaled(isa, scores);
-            if format != Format::F32 {
-                how.words(isa, scores, &mut room.weights[i * key_words..][..key_words]);
-            }
-        }
-        let (weights, stride) = if format == Format::F32 { (&room.scores, padded) } else { (&room.weights, key_words) };
-        for block in (0..rows).step_by(mr) {
-            for p in 0..size.div_ceil(nr) {
-                let values = &room.values[p * nr * key_words..][..nr * key_words];
-                tile.run(key_words, (&weights[block * stride..], stride), values, (&mut sums, nr));
-                let cols = p * nr..((p + 1) * nr).min(size);
-                for (i, total) in totals.iter().enumerate().take((block + mr).min(rows)).skip(block) {
-                    let start = (span.q + first + i) * out.cols + head * size + cols.start;
-                    assert!(start + cols.len() <= out.len);
-                    // SAFETY: in bounds by the assertion; these columns of this row belong to this task alone.
-                    let out = unsafe { std::slice::from_raw_parts_mut(out.start.add(start), cols.len()) };
-                    let sums = &floats(&mut sums)[(i - block) * nr..][..cols.len()];
-                    scale(isa, sums, 1.0 / total, out);
-                }
-            }
+        let totals = block.attend(isa, (queries, words, rows), (keys, values, span.kv_len), (sums, stride));
+        for (i, (sums, total)) in floats(sums).chunks_exact(stride).zip(totals).take(rows).enumerate() {
+            // SAFETY: these columns of this row belong to this task alone: (span, head) pairs are different for all tasks, and
+            // spans do not overlap in their query rows.
+            let out = unsafe { out.row(span.q + first + i, head * size..(head + 1) * size) };
+            scale(isa, &sums[..size], 1.0 / total, out);
         }
     }
 }
 
-/// Keys into panels `[keys / nr][words of size][nr]`, values into `[size / nr][words of keys][nr]`; what pads them is zero.
-fn pack(isa: Isa, room: &mut Head, [k, v]: [Strided<'_>; 2], span: &Span, head: usize, size: usize) {
-    let Head { tile, queries, keys, values, .. } = room;
+/// The first `count` rows, `size` columns of each: keys into panels `[count / nr][words of size][nr]`, values into
+/// `[size / nr][words of count][nr]`; what pads them is zero. Returns as much of the rooms as was written; `words` has room for a row.
+pub(super) fn pack<'a>(
+    isa: Isa,
+    tile: &Tile,
+    [k, v]: [Strided<'_>; 2],
+    (count, size): (usize, usize),
+    (keys, values): (&'a mut [u32], &'a mut [u32]),
+    words: &mut [u32],
+) -> (&'a [u32], &'a [u32]) {
     let (format, nr, group) = (tile.format, tile.nr, tile.format.group());
-    let (size_words, how) = (format.words(size), Row::new(isa, tile.format, &[]));
-    for (p, panel) in keys.chunks_exact_mut(size_words * nr).take(span.kv_len.div_ceil(nr)).enumerate() {
-        panel.fill(0);
-        for lane in 0..nr.min(span.kv_len - p * nr) {
-            let words = &mut queries[..size_words];
-            how.words(isa, k.row(span.kv + p * nr + lane, head, size), words);
-            words.iter().enumerate().for_each(|(d, word)| panel[d * nr + lane] = *word);
+    let (size_words, count_words) = (format.words(size), format.words(count));
+    let keys = &mut keys[..count.div_ceil(nr) * size_words * nr];
+    let values = &mut values[..size.div_ceil(nr) * count_words * nr];
+    let (how, words) = (Row::new(isa, tile, &[]), &mut words[..size_words]);
+    for (p, panel) in keys.chunks_exact_mut(size_words * nr).enumerate() {
+        let lanes = nr.min(count - p * nr);
+        if lanes < nr {
+            panel.fill(0);
+        }
+        for lane in 0..lanes {
+            how.words(isa, k.row(p * nr + lane, 0, size), words);
+            words.iter().zip(panel.chunks_exact_mut(nr)).for_each(|(word, lanes)| lanes[lane] = *word);
         }
     }
-    for (p, panel) in values.chunks_mut(format.words(span.kv_len) * nr).take(size.div_ceil(nr)).enumerate() {
+    for (p, panel) in values.chunks_exact_mut(count_words * nr).enumerate() {
         let cols = nr.min(size - p * nr);
         for (word, lanes) in panel.chunks_exact_mut(nr).enumerate() {
-            let value = |row: usize| &v.row(span.kv + row, head, size)[p * nr..][..cols];
-            let rows = (word * group..((word + 1) * group).min(span.kv_len)).map(value);
+            let rows = (word * group..((word + 1) * group).min(count)).map(|row| v.row(row, p * nr, cols));
             columns(isa, format, rows, &mut lanes[..cols]);
             lanes[cols..].fill(0);
         }
     }
+    (keys, values)
 }

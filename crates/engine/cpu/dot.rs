@@ -29,6 +29,9 @@ pub(super) struct WideBf16;
 pub(super) struct Bytes;
 /// The same by 16-bit products, where there is no instruction for it.
 pub(super) struct WideBytes;
+/// The same of activations that are i8, too: by products of magnitudes with weights that take over the sign, which fit in the 16 bits
+/// that the instruction sums them in (2 x 128 x 127), where u8 would not.
+pub(super) struct SignedBytes;
 
 /// Four lanes in plain Rust: every target has them, and NEON and SSE map onto them.
 pub(super) struct Portable<Kind>(std::marker::PhantomData<Kind>);
@@ -105,7 +108,7 @@ mod x86 {
     use std::arch::x86_64::*;
     use std::marker::PhantomData;
 
-    use super::{Bf16, Bytes, Dot, F32, WideBf16, WideBytes};
+    use super::{Bf16, Bytes, Dot, F32, SignedBytes, WideBf16, WideBytes};
 
     pub(in crate::cpu) struct Avx512<Kind>(PhantomData<Kind>);
     pub(in crate::cpu) struct Avx2<Kind>(PhantomData<Kind>);
@@ -228,12 +231,8 @@ mod x86 {
 
     dot256!(Bytes, |sum, a, b| _mm256_dpbusd_avx_epi32(sum, a, b));
 
-    dot256!(WideBytes, |sum, a, b| {
-        let even = _mm256_madd_epi16(
-            _mm256_and_si256(a, _mm256_set1_epi32(0x00ff_00ff)),
-            _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(b)),
-        );
-        let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(a), _mm256_srai_epi16::<8>(b));
-        _mm256_add_epi32(sum, _mm256_add_epi32(even, odd))
+    dot256!(SignedBytes, |sum, a, b| {
+        let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
+        _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
     });
 }

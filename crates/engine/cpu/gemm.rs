@@ -13,16 +13,16 @@ use std::sync::Mutex;
 
 use rayon::prelude::*;
 
-use super::epilogue::{Pass, Worth, dequantize, finish};
-use super::memory::{Aligned, floats};
+use super::epilogue::{Pass, Worth, finish};
+use super::memory::{Aligned, Rectangle, Shared};
 use super::pack::{Packed, Row};
 use super::simd::Isa;
-use super::tile::{Format, TILE_MAX};
+use super::tile::{Format, Next, TILE_MAX};
 use crate::Error;
 use crate::backend::Epilogue;
 
 /// Words of a row per pass: with MC = 96 rows the block is 400 kB and a panel of 64 columns 256 kB, together within 1 MB of L2.
-const KC: usize = 1024;
+pub(super) const KC: usize = 1024;
 /// Most rows of a task.
 const MC: usize = 96;
 /// Words added to the stride of the block so that its rows do not fall on the same L1 sets.
@@ -81,31 +81,6 @@ impl Cut {
     }
 }
 
-/// The output matrix, shared by tasks that write disjoint rectangles.
-struct Output {
-    start: *mut f32,
-    cols: usize,
-    len: usize,
-}
-
-// SAFETY: the pointer comes from a `&mut [f32]` that outlives the parallel loop in `linear`; tasks reach it only through
-// [`Output::row`], and their rectangles are disjoint (`Cut::task` partitions rows x panels).
-unsafe impl Sync for Output {}
-
-impl Output {
-    /// Columns `cols` of row `row`.
-    ///
-    /// # Safety
-    /// No other thread may hold any of these elements.
-    #[allow(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
-    unsafe fn row(&self, row: usize, cols: std::ops::Range<usize>) -> &mut [f32] {
-        let first = row * self.cols + cols.start;
-        assert!(cols.end <= self.cols && first + cols.len() <= self.len);
-        // SAFETY: in bounds by the assertion; exclusive by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(first), cols.len()) }
-    }
-}
-
 /// `out (=|gelu=|+=) x Wᵀ + b` over `rows` rows; `x [rows, w.inputs]`, `out [rows, w.outputs]`.
 ///
 /// Runs on the current rayon pool; `copies` has one entry per thread of it.
@@ -124,7 +99,7 @@ pub(super) fn linear(
         return;
     }
     let cut = Cut::new(rows, w.tile.mr, w.panels(), copies.len());
-    let output = Output { start: out.as_mut_ptr(), cols: w.outputs, len: out.len() };
+    let output = Shared::new(out, w.outputs);
     (0..cut.len()).into_par_iter().with_max_len(1).for_each(|i| {
         let thread = rayon::current_thread_index().expect("the backend runs on its own pool");
         let mut copy = copies[thread].lock().expect("no task panics while it holds the block");
@@ -132,14 +107,14 @@ pub(super) fn linear(
     });
 }
 
-fn block(isa: Isa, copy: &mut BlockCopy, x: &[f32], w: &Packed, epilogue: Epilogue, out: &Output, task: &Task) {
+fn block(isa: Isa, copy: &mut BlockCopy, x: &[f32], w: &Packed, epilogue: Epilogue, out: &Shared<'_>, task: &Task) {
     let (tile, group) = (w.tile, w.tile.format.group());
     let (mr, nr, words) = (tile.mr, tile.nr, tile.format.words(w.inputs));
     let mut sums = [0_u32; TILE_MAX];
     let row_of_x = |row: usize| &x[row * w.inputs..][..w.inputs];
     let BlockCopy { words: copied, rows } = copy;
     rows.clear();
-    rows.extend(task.rows.clone().map(|row| Row::new(isa, tile.format, row_of_x(row))));
+    rows.extend(task.rows.clone().map(|row| Row::new(isa, &tile, row_of_x(row))));
     for k in (0..words).step_by(KC) {
         let k = k..(k + KC).min(words);
         let stride = k.len().next_multiple_of(PAD) + PAD;
@@ -150,22 +125,23 @@ fn block(isa: Isa, copy: &mut BlockCopy, x: &[f32], w: &Packed, epilogue: Epilog
         let pass = Pass { first: k.start == 0, last: k.end == words };
         for p in task.panels.clone() {
             let cols = p * nr..((p + 1) * nr).min(w.outputs);
+            let next = (p + 1 < task.panels.end).then(|| w.panel(p + 1, k.clone()));
+            let next = Next::new(&tile, next, task.rows.len());
             for first in (0..task.rows.len()).step_by(mr) {
-                let block = (&copied[first * stride..], stride);
-                tile.run(k.len(), block, w.panel(p, k.clone()), (&mut sums, nr));
-                let rows = &rows[first..task.rows.len().min(first + mr)];
-                if tile.format == Format::Int8 {
-                    let shifts = if pass.first { &w.shifts[cols.clone()] } else { &[] };
-                    let worth = Worth { rows, columns: &w.scales[cols.clone()], shifts };
-                    dequantize(isa, &mut sums, nr, worth);
+                let (block, last) = ((&copied[first * stride..], stride), task.rows.len().min(first + mr));
+                let of_task = |row| task.rows.start + row;
+                // SAFETY: the rows and columns lie in this task's rectangle, which no other task touches.
+                let mut out = unsafe { Rectangle::new(out, of_task(first)..of_task(last), cols.clone()) };
+                if epilogue == Epilogue::Accumulate || !pass.first {
+                    out.prefetch();
                 }
-                let mut outputs: [&mut [f32]; TILE_ROWS_MAX] = std::array::from_fn(|i| match i < rows.len() {
-                    // SAFETY: the row and the columns lie in this task's rectangle, which no other task touches.
-                    true => unsafe { out.row(task.rows.start + first + i, cols.clone()) },
-                    false => &mut [][..],
+                tile.run(k.len(), block, w.panel(p, k.clone()), (&mut sums, nr), next.of(first));
+                let worth = (tile.format == Format::Int8).then(|| Worth {
+                    rows: &rows[first..last],
+                    columns: &w.scales[cols.clone()],
+                    shifts: w.shifts(k.start, cols.clone()),
                 });
-                let sums = (&*floats(&mut sums), nr);
-                finish(isa, sums, &w.bias[cols.clone()], (epilogue, pass), &mut outputs[..rows.len()]);
+                finish(isa, (&mut sums, nr), worth, &w.bias[cols.clone()], (epilogue, pass), &mut out);
             }
         }
     }

@@ -2,6 +2,7 @@
 
 use std::marker::PhantomData;
 
+use super::simd::prefetch;
 use crate::Error;
 
 /// Bytes of a cache line.
@@ -61,6 +62,87 @@ impl<T: Plain> std::ops::DerefMut for Aligned<T> {
 pub(super) fn floats(words: &mut [u32]) -> &mut [f32] {
     // SAFETY: both are 4 bytes of any value with an alignment of 4; the exclusive borrow goes on in the result.
     unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), words.len()) }
+}
+
+/// A row-major matrix that tasks write to at the same time, each its own rectangles.
+pub(super) struct Shared<'a> {
+    start: *mut f32,
+    cols: usize,
+    len: usize,
+    of: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: the pointer comes from a `&mut [f32]` that is borrowed for as long as this lives; tasks reach it only through
+// [`Shared::row`], whose callers promise that no two of them have the same element.
+unsafe impl Sync for Shared<'_> {}
+
+impl<'a> Shared<'a> {
+    /// `matrix [rows, cols]`
+    pub(super) fn new(matrix: &'a mut [f32], cols: usize) -> Self {
+        Self { start: matrix.as_mut_ptr(), cols, len: matrix.len(), of: PhantomData }
+    }
+
+    pub(super) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Columns `cols` of row `row`.
+    ///
+    /// # Safety
+    /// No other thread may hold any of these elements.
+    #[allow(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
+    pub(super) unsafe fn row(&self, row: usize, cols: std::ops::Range<usize>) -> &mut [f32] {
+        let first = row * self.cols + cols.start;
+        assert!(cols.end <= self.cols && first + cols.len() <= self.len);
+        // SAFETY: in bounds by the assertion; exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(first), cols.len()) }
+    }
+}
+
+/// A rectangle of such a matrix that is one task's.
+pub(super) struct Rectangle<'a> {
+    start: *mut f32,
+    stride: usize,
+    rows: usize,
+    cols: usize,
+    of: PhantomData<&'a mut [f32]>,
+}
+
+impl<'a> Rectangle<'a> {
+    /// Rows `rows`, columns `cols`.
+    ///
+    /// # Safety
+    /// Nothing else may hold any of these elements.
+    pub(super) unsafe fn new(
+        matrix: &'a Shared<'_>,
+        rows: std::ops::Range<usize>,
+        cols: std::ops::Range<usize>,
+    ) -> Self {
+        assert!(cols.end <= matrix.cols && rows.start < rows.end && rows.end * matrix.cols <= matrix.len);
+        // SAFETY: the first element is within the matrix by the assertion.
+        let start = unsafe { matrix.start.add(rows.start * matrix.cols + cols.start) };
+        Self { start, stride: matrix.cols, rows: rows.len(), cols: cols.len(), of: PhantomData }
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// A row's columns.
+    #[inline(always)]
+    pub(super) fn row(&mut self, row: usize) -> &mut [f32] {
+        assert!(row < self.rows);
+        // SAFETY: the row is one of the rectangle's, which lies in the matrix by `new`'s assertion; exclusive by its caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.cols) }
+    }
+
+    /// Asks for the cache lines of all of it.
+    #[inline]
+    pub(super) fn prefetch(&mut self) {
+        for row in 0..self.rows {
+            self.row(row).chunks(LINE / size_of::<f32>()).for_each(|line| prefetch(line.as_ptr()));
+        }
+    }
 }
 
 /// A row-major matrix `[rows, cols]`.

@@ -2,6 +2,7 @@
 //!
 //! Must not: allocate after loading, or let a result depend on the number of threads.
 
+mod absorbed;
 mod attention;
 mod ceiling;
 mod dot;
@@ -13,6 +14,7 @@ mod pack;
 mod simd;
 mod tile;
 
+use std::ops::Range;
 use std::sync::Mutex;
 
 use rayon::prelude::*;
@@ -21,7 +23,7 @@ use self::attention::Strided;
 pub use self::ceiling::ceiling;
 pub use self::simd::Isa;
 use self::tile::Format;
-use crate::backend::{Backend, Care, Columns, Epilogue, Patches, Span, TextRows};
+use crate::backend::{Backend, Care, Columns, Epilogue, Images, Patches, Span, TextRows};
 use crate::{Error, PixelLut, Precision};
 
 /// Rows a task of a row-wise operation takes at least: below that, starting it costs more than its work.
@@ -82,6 +84,8 @@ impl Backend for CpuBackend {
     type Buf = memory::Mat;
     type Linear = pack::Packed;
     type Norm = Norm;
+    type Absorbed = absorbed::Absorbed;
+    type Seen = absorbed::Seen;
 
     fn device(&self) -> String {
         format!("cpu ({}, {} threads)", self.isa.name(), self.threads)
@@ -174,9 +178,17 @@ impl Backend for CpuBackend {
         }
     }
 
-    fn linear(&mut self, x: &Self::Buf, rows: usize, w: &Self::Linear, epilogue: Epilogue, out: &mut Self::Buf) {
+    fn linear_of(
+        &mut self,
+        x: &Self::Buf,
+        rows: Range<usize>,
+        w: &Self::Linear,
+        epilogue: Epilogue,
+        out: &mut Self::Buf,
+    ) {
         assert!(x.cols == w.inputs && out.cols == w.outputs);
-        gemm::linear(self.isa, &self.copies, x.head(rows), w, epilogue, out.head_mut(rows));
+        let (x, out) = (&x.head(rows.end)[rows.start * x.cols..], out.head_mut(rows.len()));
+        gemm::linear(self.isa, &self.copies, x, w, epilogue, out);
     }
 
     fn layer_norm(&mut self, x: &Self::Buf, rows: usize, norm: &Self::Norm, out: &mut Self::Buf) {
@@ -193,7 +205,47 @@ impl Backend for CpuBackend {
         let [q, k, v] = qkv;
         let views = [strided(q, q_rows), strided(k, kv_rows), strided(v, kv_rows)];
         let cols = out.cols;
-        attention::attention(self.isa, &self.heads, views, spans, heads, (out.head_mut(q_rows), cols));
+        let out = memory::Shared::new(out.head_mut(q_rows), cols);
+        attention::attention(self.isa, &self.heads, views, spans, heads, &out);
+    }
+
+    fn absorbed_weights(
+        &self,
+        key: &[f32],
+        value: (&[f32], &[f32]),
+        (inputs, heads): (usize, usize),
+    ) -> Result<Option<Self::Absorbed>, Error> {
+        let how = (self.isa, attention_format(self.isa, self.precision));
+        absorbed::Absorbed::new(how, key, value, (inputs, heads)).map(Some)
+    }
+
+    fn alloc_seen(&self, images: Images, head_size: usize) -> Result<Option<Self::Seen>, Error> {
+        let tile = tile::Tile::new(self.isa, attention_format(self.isa, self.precision));
+        absorbed::Seen::new(tile, (images.count, images.tokens, images.width, head_size), self.threads).map(Some)
+    }
+
+    fn see(&mut self, images: &Self::Buf, spans: &[Span], head_size: usize, seen: &mut Self::Seen) -> bool {
+        let rows: usize = spans.iter().map(|span| span.q_len).sum();
+        // `4 r N V` operations a head against `4 d N V`.
+        if rows >= spans.len() * head_size {
+            return false;
+        }
+        let tokens = spans.iter().map(|span| span.kv + span.kv_len).max().unwrap_or(0);
+        seen.see(self.isa, images.head(tokens), spans);
+        true
+    }
+
+    fn attend_seen(
+        &mut self,
+        q: &Self::Buf,
+        spans: &[Span],
+        seen: &Self::Seen,
+        w: &Self::Absorbed,
+        out: &mut Self::Buf,
+    ) {
+        let (rows, cols) = (spans.iter().map(|s| s.q + s.q_len).max().unwrap_or(0), out.cols);
+        let q = strided(Columns { buf: q, first: 0 }, rows);
+        absorbed::attend(self.isa, q, spans, seen, w, &memory::Shared::new(out.head_mut(rows), cols));
     }
 
     fn copy_rows(&mut self, x: &Self::Buf, rows: usize, out: &mut Self::Buf) {

@@ -1,21 +1,20 @@
 //! Operands as the words of the matrix kernel: rows of activations when a product takes them, weights once at load.
 //!
 //! bf16 rounds to nearest, ties to even. Bytes: a weight is `scale[column] * i8`, each column by its largest weight; an
-//! activation is `scale[row] * (u8 - 128)`, each row by its largest value, for the instructions multiply u8 by i8.
+//! activation is `scale[row] * i8`, each row by its largest value; most instructions multiply u8 by i8, so they get it plus 128.
 
 use rayon::prelude::*;
 
-use super::memory::Aligned;
+use super::gemm::KC;
+use super::memory::{Aligned, floats};
 use super::simd::{Isa, dispatch};
 use super::tile::{Format, Tile};
 use crate::Error;
 
 /// The largest quantised value, of either sign.
 const STEPS: f32 = 127.0;
-/// What is added to an activation's steps, so that they are no less than 0.
-pub(super) const ACTIVATION_ZERO: i32 = 128;
-/// 1.5 * 2^23 + 128: adding it rounds to an integer, whose sum with 128 then stands in the low byte.
-const ROUND_TO_BYTE: f32 = 12_583_040.0;
+/// 1.5 * 2^23: adding it rounds to an integer that then stands in the low byte.
+const ROUND_TO_BYTE: f32 = 12_582_912.0;
 
 #[inline(always)]
 fn bf16(x: f32) -> u32 {
@@ -54,8 +53,9 @@ dispatch! {
 }
 
 #[inline(always)]
-fn byte_words_body<const F: bool>(x: &[f32], steps: f32, out: &mut [u32]) {
-    let byte = |x: f32| (x * steps + ROUND_TO_BYTE).to_bits() & 0xff;
+fn byte_words_body<const F: bool>(x: &[f32], (steps, zero): (f32, u8), out: &mut [u32]) {
+    let round = ROUND_TO_BYTE + f32::from(zero);
+    let byte = |x: f32| (x * steps + round).to_bits() & 0xff;
     let (fours, rest) = x.as_chunks::<4>();
     for (out, [a, b, c, d]) in out.iter_mut().zip(fours) {
         *out = byte(*a) | byte(*b) << 8 | byte(*c) << 16 | byte(*d) << 24;
@@ -66,8 +66,8 @@ fn byte_words_body<const F: bool>(x: &[f32], steps: f32, out: &mut [u32]) {
 }
 
 dispatch! {
-    /// Fours of bytes, `x * steps + 128` each; what is missing to the last four meets weights of 0.
-    fn byte_words(x: &[f32], steps: f32, out: &mut [u32]) = byte_words_body
+    /// Fours of bytes, `x * steps + zero` each; what is missing to the last four meets weights of 0.
+    fn byte_words(x: &[f32], how: (f32, u8), out: &mut [u32]) = byte_words_body
 }
 
 #[inline(always)]
@@ -99,22 +99,24 @@ pub(super) struct Row {
     /// What a unit of the sums is worth.
     pub(super) scale: f32,
     steps: f32,
+    zero: u8,
 }
 
 impl Row {
     /// Looks at the whole row, where that is needed.
-    pub(super) fn new(isa: Isa, format: Format, row: &[f32]) -> Self {
+    pub(super) fn new(isa: Isa, tile: &Tile, row: &[f32]) -> Self {
+        let Tile { format, zero, .. } = *tile;
         let (scale, steps) = if format == Format::Int8 { scale(isa, row) } else { (1.0, 1.0) };
-        Self { format, scale, steps }
+        Self { format, scale, steps, zero }
     }
 
     /// The words of a part of it that begins at a word.
     pub(super) fn words(&self, isa: Isa, part: &[f32], out: &mut [u32]) {
         assert_eq!(out.len(), self.format.words(part.len()));
         match self.format {
-            Format::F32 => out.iter_mut().zip(part).for_each(|(out, x)| *out = x.to_bits()),
+            Format::F32 => floats(out).copy_from_slice(part),
             Format::Bf16 => bf16_words(isa, part, out),
-            Format::Int8 => byte_words(isa, part, self.steps, out),
+            Format::Int8 => byte_words(isa, part, (self.steps, self.zero), out),
         }
     }
 }
@@ -123,7 +125,7 @@ impl Row {
 pub(super) fn columns<'a>(isa: Isa, format: Format, mut rows: impl Iterator<Item = &'a [f32]>, out: &mut [u32]) {
     let first = rows.next().expect("a word has a value");
     match (format, rows.next()) {
-        (Format::F32, None) => first.iter().zip(out).for_each(|(value, out)| *out = value.to_bits()),
+        (Format::F32, None) => floats(out).copy_from_slice(first),
         (Format::Bf16, Some(second)) => bf16_columns(isa, first, second, out),
         (Format::Bf16, None) => first.iter().zip(out).for_each(|(value, out)| *out = bf16(*value)),
         _ => unreachable!("a word of {format:?} has as many values as its group"),
@@ -135,9 +137,9 @@ pub struct Packed {
     pub(super) tile: Tile,
     panels: Aligned<u32>,
     pub(super) bias: Vec<f32>,
-    /// Of bytes: what a unit of each column's sums is worth, and what the activations' zero adds to the sums.
+    /// Of bytes: what a unit of each column's sums is worth, and for each pass over K what the activations' zero adds to the sums.
     pub(super) scales: Vec<f32>,
-    pub(super) shifts: Vec<i32>,
+    shifts: Vec<i32>,
     /// Columns of x.
     pub inputs: usize,
     /// Columns of the output.
@@ -163,10 +165,12 @@ impl Packed {
                 }
             }
         });
-        let sum = |(column, (_, steps)): (&[f32], &(f32, f32))| -> i32 {
-            column.iter().map(|x| ACTIVATION_ZERO * i32::from(step(*x, *steps))).sum()
+        let shift = |pass: usize, (column, (_, steps)): (&[f32], &(f32, f32))| -> i32 {
+            let part = column.chunks(KC * format.group()).nth(pass).unwrap_or_default();
+            part.iter().map(|x| i32::from(tile.zero) * i32::from(step(*x, *steps))).sum()
         };
-        let shifts = weight.chunks(inputs).zip(&columns).map(sum).collect();
+        let of_pass = |pass| weight.chunks(inputs).zip(&columns).map(move |column| shift(pass, column));
+        let shifts = (0..words.div_ceil(KC)).flat_map(of_pass).collect();
         let scales = columns.iter().map(|(scale, _)| *scale).collect();
         Ok(Self { tile, panels, bias: bias.to_vec(), scales, shifts, inputs, outputs })
     }
@@ -175,6 +179,16 @@ impl Packed {
     pub(super) fn panel(&self, p: usize, words: std::ops::Range<usize>) -> &[u32] {
         let start = p * self.tile.format.words(self.inputs);
         &self.panels[(start + words.start) * self.tile.nr..(start + words.end) * self.tile.nr]
+    }
+
+    /// All panels, one after the other.
+    pub(super) fn all(&self) -> &[u32] {
+        &self.panels
+    }
+
+    /// What the activations' zero adds to the sums of these columns in the pass that begins at a word.
+    pub(super) fn shifts(&self, word: usize, columns: std::ops::Range<usize>) -> &[i32] {
+        &self.shifts[word / KC * self.outputs..][columns]
     }
 
     pub(super) fn panels(&self) -> usize {

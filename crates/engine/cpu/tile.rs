@@ -4,9 +4,9 @@
 //! is says the [`Format`], see [`super::dot`].
 
 #[cfg(target_arch = "x86_64")]
-use super::dot::{Avx2, Avx512, WideBf16, WideBytes};
+use super::dot::{Avx2, Avx512, SignedBytes, WideBf16, WideBytes};
 use super::dot::{Bf16, Bytes, Dot, F32, Portable};
-use super::simd::{Isa, Level};
+use super::simd::{Isa, Level, prefetch};
 
 /// Words of the largest tile.
 pub(super) const TILE_MAX: usize = 6 * 64;
@@ -18,7 +18,7 @@ pub(super) enum Format {
     F32,
     /// bf16, summed in f32.
     Bf16,
-    /// u8 activations and i8 weights, summed in i32.
+    /// Bytes, summed in i32: weights are i8, activations u8 or i8, see [`Tile::zero`].
     Int8,
 }
 
@@ -38,10 +38,11 @@ impl Format {
     }
 }
 
-/// `c[MR, NR] = a[MR, words] panel[words, NR]`, with the strides of `a` and `c`.
-type Run = unsafe fn(usize, *const u32, usize, *const u32, *mut u32, usize);
-/// So many rounds of [`CHAINS`] products of registers, of integers or not.
-type Chains = unsafe fn(usize, bool);
+/// `c[MR, NR] = a[MR, words] panel[words, NR]`, with the strides of `a` and `c`; and where the cache lines begin that are needed next,
+/// with the words from one to the next.
+type Run = unsafe fn(usize, *const u32, usize, *const u32, *mut u32, usize, *const u32, usize);
+/// So many rounds of [`CHAINS`] products of registers.
+type Chains = unsafe fn(usize);
 
 /// Independent sums of [`Tile::multiply_adds`]: more than latency times units, fewer than AVX2's registers.
 const CHAINS: usize = 12;
@@ -54,7 +55,13 @@ pub(super) struct Tile {
     /// Columns.
     pub(super) nr: usize,
     pub(super) format: Format,
-    lanes: usize,
+    /// What an activation of 0 is as a byte: 128 where activations are u8.
+    pub(super) zero: u8,
+    /// Steps along K of an iteration: the addresses of their broadcasts differ by constants, which leaves the processor more room for
+    /// products. They ask for one cache line.
+    unroll: usize,
+    /// Values that a product of [`Chains`] multiplies.
+    chain_values: usize,
     run: Run,
     chains: Chains,
 }
@@ -63,32 +70,34 @@ pub(super) struct Tile {
 /// The instruction set is there; `a` is valid for MR rows of `words` reads with stride lda, `panel` for `words * NR` reads, `c`
 /// for MR rows of NR writes with stride ldc.
 #[inline(always)]
-unsafe fn body<D: Dot, const MR: usize, const NV: usize>(
+#[allow(clippy::too_many_arguments, reason = "a kernel's, see `Run`")]
+unsafe fn body<D: Dot, const MR: usize, const NV: usize, const UNROLL: usize>(
     words: usize,
     a: *const u32,
     lda: usize,
     panel: *const u32,
     c: *mut u32,
     ldc: usize,
+    next: *const u32,
+    next_step: usize,
 ) {
     // SAFETY: every address below lies in the ranges the caller vouches for: row r < MR, word l < words, lane < NR.
     unsafe {
         let mut sums = [[D::zero(); NV]; MR];
-        let mut b = panel;
+        let (mut b, mut next) = (panel, next);
         // Row pointers instead of `r * lda + l` in the loop: overflow checks are on in release builds.
-        let rows: [*const u32; MR] = std::array::from_fn(|r| a.add(r * lda));
-        for l in 0..words {
-            let mut columns = [D::zero(); NV];
-            for (v, column) in columns.iter_mut().enumerate() {
-                *column = D::load(b.add(v * D::LANES));
+        let mut rows: [*const u32; MR] = std::array::from_fn(|r| a.add(r * lda));
+        for _ in 0..words / UNROLL {
+            prefetch(next);
+            next = next.wrapping_add(next_step);
+            for l in 0..UNROLL {
+                step::<D, MR, NV>(&mut sums, rows.map(|row| row.add(l)), b.add(l * NV * D::LANES));
             }
-            for (sums, row) in sums.iter_mut().zip(&rows) {
-                let x = D::splat(*row.add(l));
-                for (sum, column) in sums.iter_mut().zip(&columns) {
-                    *sum = D::dot(*sum, x, *column);
-                }
-            }
-            b = b.add(NV * D::LANES);
+            rows = rows.map(|row| row.add(UNROLL));
+            b = b.add(UNROLL * NV * D::LANES);
+        }
+        for l in 0..words % UNROLL {
+            step::<D, MR, NV>(&mut sums, rows.map(|row| row.add(l)), b.add(l * NV * D::LANES));
         }
         for (r, row) in sums.iter().enumerate() {
             for (v, sum) in row.iter().enumerate() {
@@ -98,41 +107,113 @@ unsafe fn body<D: Dot, const MR: usize, const NV: usize>(
     }
 }
 
+/// A word of each row times a row of the panel.
+///
+/// # Safety
+/// The instruction set is there, each of `rows` is valid for a read and `b` for NR.
+#[inline(always)]
+unsafe fn step<D: Dot, const MR: usize, const NV: usize>(
+    sums: &mut [[D::V; NV]; MR],
+    rows: [*const u32; MR],
+    b: *const u32,
+) {
+    // SAFETY: the caller vouches for all of it.
+    unsafe {
+        let columns: [D::V; NV] = std::array::from_fn(|v| D::load(b.add(v * D::LANES)));
+        for (sums, row) in sums.iter_mut().zip(rows) {
+            let x = D::splat(*row);
+            for (sum, column) in sums.iter_mut().zip(&columns) {
+                *sum = D::dot(*sum, x, *column);
+            }
+        }
+    }
+}
+
 /// # Safety
 /// The instruction set is there.
 #[inline(always)]
-unsafe fn chains_body<D: Dot>(rounds: usize, integers: bool) {
+unsafe fn chains_body<D: Dot>(rounds: usize) {
     // SAFETY: the caller vouches for the instruction set; nothing here goes through a pointer.
     unsafe {
-        let (a, b) = (D::splat(std::hint::black_box(0x3c01_3c01)), D::splat(std::hint::black_box(0x3c02_3c03)));
-        let mut sums = [D::zero(); CHAINS];
+        // As floats -2 and some x, which becomes -x and x again: numbers of ordinary size for ever. Each product has an operand that
+        // changes, or the compiler would take it out of the loop.
+        let [a, x] = [0xc000_0000, 0x3c02_0000].map(|word| D::splat(std::hint::black_box(word)));
+        let mut sums = [x; CHAINS];
         for _ in 0..rounds {
             for sum in &mut sums {
-                // Products of integers that are always the same would be taken out of the loop.
-                *sum = if integers { D::dot(b, *sum, b) } else { D::dot(*sum, a, b) };
+                *sum = D::dot(*sum, a, *sum);
             }
         }
         std::hint::black_box(sums);
     }
 }
 
-/// The kernel `$dot` compiled for `$features`: as many rows and columns as fit in the registers beside a panel's row, a broadcast
+/// The kernel `$dot` compiled for `$features`, and the products that bound it, `$peak` where they are not its own: as many rows and columns as fit in the registers beside a panel's row, a broadcast
 /// and what widening takes.
 macro_rules! tile {
-    ($format:expr, $dot:ty, $mr:literal x $vectors:literal $(, $features:literal)?) => {{
+    ($format:expr, $dot:ty, $mr:literal x $vectors:literal x $unroll:literal $(, $features:literal)?) => {
+        tile!($format, $dot, $mr x $vectors x $unroll, peak $dot as $format $(, $features)?)
+    };
+    ($format:expr, $dot:ty, $mr:literal x $vectors:literal x $unroll:literal, peak $peak:ty as $peak_format:expr $(, $features:literal)?) => {{
         $(#[target_feature(enable = $features)])?
-        unsafe fn run(words: usize, a: *const u32, lda: usize, panel: *const u32, c: *mut u32, ldc: usize) {
+        #[allow(clippy::too_many_arguments, reason = "a kernel's, see `Run`")]
+        unsafe fn run(
+            words: usize,
+            a: *const u32,
+            lda: usize,
+            panel: *const u32,
+            c: *mut u32,
+            ldc: usize,
+            next: *const u32,
+            next_step: usize,
+        ) {
             // SAFETY: passed on to the caller, see `body`.
-            unsafe { body::<$dot, $mr, $vectors>(words, a, lda, panel, c, ldc) }
+            unsafe { body::<$dot, $mr, $vectors, $unroll>(words, a, lda, panel, c, ldc, next, next_step) }
         }
         $(#[target_feature(enable = $features)])?
-        unsafe fn chains(rounds: usize, integers: bool) {
+        unsafe fn chains(rounds: usize) {
             // SAFETY: passed on to the caller, see `chains_body`.
-            unsafe { chains_body::<$dot>(rounds, integers) }
+            unsafe { chains_body::<$peak>(rounds) }
         }
-        let lanes = <$dot>::LANES;
-        Tile { mr: $mr, nr: $vectors * lanes, format: $format, lanes, run, chains }
+        let chain_values = <$peak>::LANES * $peak_format.group();
+        Tile {
+            mr: $mr,
+            nr: $vectors * <$dot>::LANES,
+            format: $format,
+            zero: 128,
+            unroll: $unroll,
+            chain_values,
+            run,
+            chains,
+        }
     }};
+}
+
+/// The panel that comes next, which the tiles of the one before bring to the cache, each its part.
+#[derive(Clone, Copy)]
+pub(super) struct Next {
+    start: *const u32,
+    /// Words for each row of the block.
+    row: usize,
+    step: usize,
+}
+
+impl Next {
+    /// A panel of as many words as the one before, for a block of `rows` rows.
+    pub(super) fn new(tile: &Tile, panel: Option<&[u32]>, rows: usize) -> Self {
+        let Some(panel) = panel else { return Self { start: std::ptr::null(), row: 0, step: 0 } };
+        let tiles = rows.div_ceil(tile.mr);
+        Self {
+            start: panel.as_ptr(),
+            row: panel.len() / (tiles * tile.mr),
+            step: (tile.unroll * tile.nr).div_ceil(tiles),
+        }
+    }
+
+    /// What the tile takes over that begins at this row, and the words from line to line.
+    pub(super) fn of(&self, row: usize) -> (*const u32, usize) {
+        (self.start.wrapping_add(row * self.row), self.step)
+    }
 }
 
 impl Tile {
@@ -141,26 +222,33 @@ impl Tile {
         let level = isa.level();
         match format {
             #[cfg(target_arch = "x86_64")]
-            Format::F32 if level >= Level::Avx512 => tile!(format, Avx512<F32>, 6 x 4, "avx512f"),
+            Format::F32 if level >= Level::Avx512 => tile!(format, Avx512<F32>, 6 x 4 x 4, "avx512f"),
             #[cfg(target_arch = "x86_64")]
-            Format::F32 if level >= Level::Avx2 => tile!(format, Avx2<F32>, 6 x 2, "avx2,fma"),
-            Format::F32 => tile!(format, Portable<F32>, 4 x 2),
+            Format::F32 if level >= Level::Avx2 => tile!(format, Avx2<F32>, 6 x 2 x 4, "avx2,fma"),
+            Format::F32 => tile!(format, Portable<F32>, 4 x 2 x 4),
             #[cfg(target_arch = "x86_64")]
-            Format::Bf16 if level >= Level::Avx512Bf16 => tile!(format, Avx512<Bf16>, 6 x 4, "avx512f,avx512bf16"),
+            Format::Bf16 if level >= Level::Avx512Bf16 => tile!(format, Avx512<Bf16>, 6 x 4 x 4, "avx512f,avx512bf16"),
             #[cfg(target_arch = "x86_64")]
-            Format::Bf16 if level >= Level::Avx512 => tile!(format, Avx512<WideBf16>, 6 x 2, "avx512f"),
+            Format::Bf16 if level >= Level::Avx512 => {
+                tile!(format, Avx512<WideBf16>, 6 x 2 x 4, peak Avx512<F32> as Format::F32, "avx512f")
+            }
             #[cfg(target_arch = "x86_64")]
-            Format::Bf16 if level >= Level::Avx2 => tile!(format, Avx2<WideBf16>, 4 x 2, "avx2,fma"),
-            Format::Bf16 => tile!(format, Portable<Bf16>, 4 x 2),
+            Format::Bf16 if level >= Level::Avx2 => {
+                tile!(format, Avx2<WideBf16>, 4 x 2 x 4, peak Avx2<F32> as Format::F32, "avx2,fma")
+            }
+            Format::Bf16 => tile!(format, Portable<Bf16>, 4 x 2 x 4),
             #[cfg(target_arch = "x86_64")]
-            Format::Int8 if level >= Level::Avx512Vnni => tile!(format, Avx512<Bytes>, 6 x 4, "avx512f,avx512vnni"),
+            Format::Int8 if level >= Level::Avx512Vnni => tile!(format, Avx512<Bytes>, 6 x 4 x 4, "avx512f,avx512vnni"),
             #[cfg(target_arch = "x86_64")]
-            Format::Int8 if level >= Level::Avx512 => tile!(format, Avx512<WideBytes>, 6 x 2, "avx512f,avx512bw"),
+            Format::Int8 if level >= Level::Avx512 => tile!(format, Avx512<WideBytes>, 6 x 2 x 4, "avx512f,avx512bw"),
             #[cfg(target_arch = "x86_64")]
-            Format::Int8 if level >= Level::AvxVnni => tile!(format, Avx2<Bytes>, 6 x 2, "avx2,avxvnni"),
+            Format::Int8 if level >= Level::AvxVnni => tile!(format, Avx2<Bytes>, 6 x 2 x 4, "avx2,avxvnni"),
             #[cfg(target_arch = "x86_64")]
-            Format::Int8 if level >= Level::Avx2 => tile!(format, Avx2<WideBytes>, 4 x 2, "avx2"),
-            Format::Int8 => tile!(format, Portable<Bytes>, 4 x 2),
+            // The compiler would add up several steps before the sum, and run out of registers.
+            Format::Int8 if level >= Level::Avx2 => {
+                Self { zero: 0, ..tile!(format, Avx2<SignedBytes>, 4 x 2 x 1, "avx2") }
+            }
+            Format::Int8 => tile!(format, Portable<Bytes>, 4 x 2 x 4),
         }
     }
 
@@ -168,16 +256,47 @@ impl Tile {
     /// done, multiplications and additions.
     pub(super) fn multiply_adds(&self, rounds: usize) -> usize {
         // SAFETY: `new` has picked what the Isa proves.
-        unsafe { (self.chains)(rounds, self.format == Format::Int8) }
-        2 * self.format.group() * self.lanes * CHAINS * rounds
+        unsafe { (self.chains)(rounds) }
+        2 * self.chain_values * CHAINS * rounds
+    }
+
+    /// All tiles of `c[rows, panels * NR] = a panels`, `rows` rows of `a` and the panels one after the other; `a` and `c` come with their
+    /// strides, and have room for the rows that fill up the last tile.
+    pub(super) fn run_all(
+        &self,
+        words: usize,
+        (a, lda, rows): (&[u32], usize, usize),
+        panels: &[u32],
+        (c, ldc): (&mut [u32], usize),
+    ) {
+        let size = words * self.nr;
+        for (p, panel) in panels.chunks_exact(size).enumerate() {
+            let next = Next::new(self, panels[p * size..].get(size..), rows);
+            for first in (0..rows).step_by(self.mr) {
+                self.run(
+                    words,
+                    (&a[first * lda..], lda),
+                    panel,
+                    (&mut c[first * ldc + p * self.nr..], ldc),
+                    next.of(first),
+                );
+            }
+        }
     }
 
     /// One tile; each slice comes with its stride. `a` must hold MR rows of `words`, `c` MR rows of NR: callers pad the last block.
     #[inline]
-    pub(super) fn run(&self, words: usize, (a, lda): (&[u32], usize), panel: &[u32], (c, ldc): (&mut [u32], usize)) {
+    pub(super) fn run(
+        &self,
+        words: usize,
+        (a, lda): (&[u32], usize),
+        panel: &[u32],
+        (c, ldc): (&mut [u32], usize),
+        (next, next_step): (*const u32, usize),
+    ) {
         let Self { mr, nr, .. } = *self;
         assert!(a.len() >= (mr - 1) * lda + words && panel.len() >= words * nr && c.len() >= (mr - 1) * ldc + nr);
         // SAFETY: `new` has picked what the Isa proves; the assertion is the rest of the contract.
-        unsafe { (self.run)(words, a.as_ptr(), lda, panel.as_ptr(), c.as_mut_ptr(), ldc) }
+        unsafe { (self.run)(words, a.as_ptr(), lda, panel.as_ptr(), c.as_mut_ptr(), ldc, next, next_step) }
     }
 }

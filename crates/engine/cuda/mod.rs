@@ -20,6 +20,9 @@ mod staging;
 #[cfg(feature = "cuda")]
 mod tuned;
 
+use std::convert::Infallible;
+use std::ops::Range;
+
 use self::buffers::{Buffer, Linear, Norm};
 use self::buffers::{STRIDE, fill, matrix, parameters, vector};
 use self::device::{Address, Device, Element, Product, STAGES};
@@ -172,6 +175,8 @@ impl<D: Device> Backend for CudaBackend<D> {
     type Buf = Buffer<D::Memory>;
     type Linear = Linear<D::Memory>;
     type Norm = Norm<D::Memory>;
+    type Absorbed = Infallible;
+    type Seen = Infallible;
 
     fn device(&self) -> String {
         self.device.name()
@@ -273,15 +278,22 @@ impl<D: Device> Backend for CudaBackend<D> {
         });
     }
 
-    fn linear(&mut self, x: &Self::Buf, rows: usize, w: &Self::Linear, epilogue: Epilogue, out: &mut Self::Buf) {
-        assert!(x.cols == w.inputs && out.cols == w.outputs && rows <= x.rows && rows <= out.rows);
+    fn linear_of(
+        &mut self,
+        x: &Self::Buf,
+        rows: Range<usize>,
+        w: &Self::Linear,
+        epilogue: Epilogue,
+        out: &mut Self::Buf,
+    ) {
+        assert!(x.cols == w.inputs && out.cols == w.outputs && rows.end <= x.rows && rows.len() <= out.rows);
         assert_eq!(x.element, self.element(), "results are no inputs");
         let bias = if out.element == Element::F32 { &w.bias_f32 } else { &w.bias };
         let product = Product {
-            m: rows,
+            m: rows.len(),
             n: w.outputs,
             k: w.inputs,
-            x: D::address(&x.memory),
+            x: D::address(&x.memory) + (rows.start * x.ld * x.element.bytes()) as Address,
             ld_x: x.ld,
             w: D::address(&w.weight),
             ld_w: w.ld,
@@ -294,14 +306,14 @@ impl<D: Device> Backend for CudaBackend<D> {
         };
         let out = matrix::<D>(out);
         self.queue(|this| {
-            if rows == 0 {
+            if rows.is_empty() {
                 return Ok(());
             }
-            // SAFETY: x has `rows` rows of `inputs`, the weight `outputs` rows of `inputs`, the bias `outputs` values and
-            // out `rows` rows of `outputs`, by the assertions and by how the weights were made; out is borrowed mutably,
+            // SAFETY: x has the rows of `inputs`, the weight `outputs` rows of `inputs`, the bias `outputs` values and
+            // out as many rows of `outputs`, by the assertions and by how the weights were made; out is borrowed mutably,
             // so it is no other buffer.
             unsafe { this.device.product(&product)? };
-            if epilogue == Epilogue::Gelu { kernels::gelu(&this.device, out, rows) } else { Ok(()) }
+            if epilogue == Epilogue::Gelu { kernels::gelu(&this.device, out, rows.len()) } else { Ok(()) }
         });
     }
 

@@ -3,9 +3,11 @@
 //! Rows are packed: captions follow each other without padding. The rows of the matching head (with cross-attention)
 //! come first, those of the cosine head (without) after them, so that both share every product of the shared weights.
 
+use std::ops::Range;
+
 use super::{Loader, Observer, Tap, observe};
 use crate::Error;
-use crate::backend::{Backend, Care, Columns, Epilogue, Span, TextRows};
+use crate::backend::{Backend, Care, Columns, Epilogue, Images, Span, TextRows};
 use crate::checkpoint::TextConfig;
 
 struct Layer<B: Backend> {
@@ -15,6 +17,8 @@ struct Layer<B: Backend> {
     cross_query: B::Linear,
     /// k and v of the image tokens side by side, from V to 2 T.
     cross_kv: B::Linear,
+    /// What does without them, where the backend can and rows are few.
+    absorbed: Option<B::Absorbed>,
     cross_output: B::Linear,
     cross_norm: B::Norm,
     fc1: B::Linear,
@@ -33,6 +37,16 @@ pub(super) struct Packed<'a> {
     pub cross_rows: usize,
     /// One span per image: its captions' rows against its tokens.
     pub images: &'a [Span],
+    /// The same with the tokens counted from those of the first of these images.
+    pub images_alone: &'a [Span],
+}
+
+impl Packed<'_> {
+    /// Tokens of the images that are seen.
+    fn image_rows(&self) -> Range<usize> {
+        let end = self.images.last().map_or(0, |span| span.kv + span.kv_len);
+        self.images.first().map_or(end, |span| span.kv)..end
+    }
 }
 
 /// Weights and buffers of the text encoder. Letters: R packed rows, T width, G mlp width.
@@ -42,8 +56,9 @@ pub(super) struct Bert<B: Backend> {
     positions: B::Buf,
     embeddings_norm: B::Norm,
     layers: Vec<Layer<B>>,
-    /// Per layer `[B * N, 2 T]`: the images' cross-attention keys and values, made once for all captions.
-    cross: Vec<B::Buf>,
+    /// `[B * N, 2 T]`: a layer's cross-attention keys and values of the images, made once for all captions of a pass.
+    cross: B::Buf,
+    seen: Option<B::Seen>,
     /// `[R, T]`: input and output of a layer
     x: B::Buf,
     /// `[R, T]`: after the self-attention's norm
@@ -59,25 +74,26 @@ pub(super) struct Bert<B: Backend> {
 }
 
 impl<B: Backend> Bert<B> {
-    /// Loads the encoder with buffers for `rows_max` packed rows and `image_rows` image tokens (0: no matching head).
+    /// Loads the encoder with buffers for `rows_max` packed rows and so many images (0: no matching head).
     /// Errors: a missing or misshapen tensor, no memory.
     pub(super) fn load(
         loader: &Loader<'_, B>,
         config: &TextConfig,
-        image_width: usize,
-        (rows_max, image_rows): (usize, usize),
+        images: Images,
+        rows_max: usize,
     ) -> Result<Self, Error> {
         let (backend, t) = (loader.backend, config.hidden);
         let name = "text_encoder.embeddings";
-        let layers = (0..config.layers).map(|j| Self::layer(loader, config, image_width, j));
-        let cross_layers = if image_rows == 0 { 0 } else { config.layers };
+        let layers = (0..config.layers).map(|j| Self::layer(loader, config, images, j));
+        let seen = if images.count == 0 { None } else { backend.alloc_seen(images, t / config.heads)? };
         Ok(Self {
             config: config.clone(),
             words: loader.table(&format!("{name}.word_embeddings.weight"), config.vocab, t)?,
             positions: loader.table(&format!("{name}.position_embeddings.weight"), config.positions, t)?,
             embeddings_norm: loader.norm(&format!("{name}.LayerNorm"), t, config.eps)?,
             layers: layers.collect::<Result<_, _>>()?,
-            cross: (0..cross_layers).map(|_| backend.alloc(image_rows, 2 * t)).collect::<Result<_, _>>()?,
+            cross: backend.alloc(images.count * images.tokens, 2 * t)?,
+            seen,
             x: backend.alloc(rows_max, t)?,
             a: backend.alloc(rows_max, t)?,
             b: backend.alloc(rows_max, t)?,
@@ -87,19 +103,25 @@ impl<B: Backend> Bert<B> {
         })
     }
 
-    fn layer(loader: &Loader<'_, B>, config: &TextConfig, image_width: usize, j: usize) -> Result<Layer<B>, Error> {
+    fn layer(loader: &Loader<'_, B>, config: &TextConfig, images: Images, j: usize) -> Result<Layer<B>, Error> {
         let (name, t, g) = (format!("text_encoder.encoder.layer.{j}"), config.hidden, config.intermediate);
         let part = |part: &str| format!("{name}.{part}");
         let own = ["query", "key", "value"].map(|x| part(&format!("attention.self.{x}")));
         let image = ["key", "value"].map(|x| part(&format!("crossattention.self.{x}")));
         // A fiftieth of the operations.
         let text = Care::Sensitive;
+        let weight = |name: &str| loader.read(&format!("{name}.weight"), &[t, images.width]);
+        let (key, value) = (weight(&image[0])?, weight(&image[1])?);
+        let value = (&*value, &*loader.read(&format!("{}.bias", image[1]), &[t])?);
+        let absorbed = loader.backend.absorbed_weights(&key, value, (images.width, config.heads))?;
         Ok(Layer {
+            absorbed,
             qkv: loader.fused(text, &own.each_ref().map(String::as_str), t, t)?,
             output: loader.linear(text, &part("attention.output.dense"), t, t)?,
             output_norm: loader.norm(&part("attention.output.LayerNorm"), t, config.eps)?,
             cross_query: loader.linear(text, &part("crossattention.self.query"), t, t)?,
-            cross_kv: loader.fused(Care::Usual, &image.each_ref().map(String::as_str), t, image_width)?,
+            // Or a score would depend on whether this or what is absorbed is the faster way for the pairs beside it.
+            cross_kv: loader.fused(text, &image.each_ref().map(String::as_str), t, images.width)?,
             cross_output: loader.linear(text, &part("crossattention.output.dense"), t, t)?,
             cross_norm: loader.norm(&part("crossattention.output.LayerNorm"), t, config.eps)?,
             fc1: loader.linear(text, &part("intermediate.dense"), g, t)?,
@@ -108,32 +130,29 @@ impl<B: Backend> Bert<B> {
         })
     }
 
-    /// Makes every layer's cross-attention keys and values from `image_embeds [rows, V]`.
-    pub(super) fn see_images(&mut self, backend: &mut B, image_embeds: &B::Buf, rows: usize) {
-        for (layer, kv) in self.layers.iter().zip(&mut self.cross) {
-            backend.linear(image_embeds, rows, &layer.cross_kv, Epilogue::Store, kv);
-        }
-    }
-
-    /// Encodes packed rows; the result, [`Self::output`], is `[R, T]`.
+    /// Encodes packed rows that see `image_embeds [B * N, V]`; the result, [`Self::output`], is `[R, T]`.
     pub(super) fn forward(
         &mut self,
         backend: &mut B,
         text: &Packed<'_>,
+        image_embeds: &B::Buf,
         observer: &mut Observer<'_>,
     ) -> Result<(), Error> {
-        let values = text.rows.ids.len() * self.config.hidden;
+        let (t, heads) = (self.config.hidden, self.config.heads);
+        let values = text.rows.ids.len() * t;
+        let seen = self.seen.as_mut().filter(|_| text.cross_rows > 0);
+        let sees = seen.is_some_and(|seen| backend.see(image_embeds, text.images, t / heads, seen));
         backend.embed(text.rows, (&self.words, &self.positions), &self.embeddings_norm, &mut self.x);
         observe(observer, backend, Tap::TextEmbeddings, &self.x, values)?;
         for j in 0..self.layers.len() {
-            self.block(backend, j, text);
+            self.block(backend, j, text, (image_embeds, sees));
             observe(observer, backend, Tap::TextBlock(j), &self.x, values)?;
         }
         Ok(())
     }
 
     /// `a = LN(x + dense(self x)); b = LN(a + dense(cross a)); x = LN(b + fc2(gelu(fc1 b)))`; without an image b = a.
-    fn block(&mut self, backend: &mut B, j: usize, text: &Packed<'_>) {
+    fn block(&mut self, backend: &mut B, j: usize, text: &Packed<'_>, (image_embeds, sees): (&B::Buf, bool)) {
         let (layer, t, heads) = (&self.layers[j], self.config.hidden, self.config.heads);
         let (rows, cross_rows) = (text.rows.ids.len(), text.cross_rows);
         backend.linear(&self.x, rows, &layer.qkv, Epilogue::Store, &mut self.qkv);
@@ -143,9 +162,15 @@ impl<B: Backend> Bert<B> {
         backend.layer_norm(&self.x, rows, &layer.output_norm, &mut self.a);
         if cross_rows > 0 {
             backend.linear(&self.a, cross_rows, &layer.cross_query, Epilogue::Store, &mut self.b);
-            let kv = &self.cross[j];
-            let qkv = [(&self.b, 0), (kv, 0), (kv, t)].map(|(buf, first)| Columns { buf, first });
-            backend.attention(qkv, text.images, heads, &mut self.context);
+            match (&self.seen, &layer.absorbed) {
+                (Some(seen), Some(w)) if sees => backend.attend_seen(&self.b, text.images, seen, w, &mut self.context),
+                _ => {
+                    let (rows, kv) = (text.image_rows(), &mut self.cross);
+                    backend.linear_of(image_embeds, rows, &layer.cross_kv, Epilogue::Store, kv);
+                    let qkv = [(&self.b, 0), (&*kv, 0), (&*kv, t)].map(|(buf, first)| Columns { buf, first });
+                    backend.attention(qkv, text.images_alone, heads, &mut self.context);
+                }
+            }
             backend.linear(&self.context, cross_rows, &layer.cross_output, Epilogue::Accumulate, &mut self.a);
             // Only the matching rows pass this norm; the cosine rows stay as they are in a.
             backend.layer_norm(&self.a, cross_rows, &layer.cross_norm, &mut self.b);

@@ -15,6 +15,8 @@ pub(super) struct Chunk {
     pub(super) captions: Vec<Span>,
     /// Matching rows of each image, against its tokens.
     pub(super) images: Vec<Span>,
+    /// The same with the tokens counted from those of the pass's first image.
+    pub(super) images_alone: Vec<Span>,
     /// First row of each caption that is encoded.
     pub(super) first_rows: Vec<usize>,
     /// Rows that see an image.
@@ -38,6 +40,7 @@ impl Chunk {
             places: Vec::with_capacity(rows_max),
             captions: Vec::with_capacity(rows_max),
             images: Vec::with_capacity(images_max),
+            images_alone: Vec::with_capacity(images_max),
             first_rows: Vec::with_capacity(rows_max.max(images_max)),
             cross_rows: 0,
             pairs: 0,
@@ -76,6 +79,8 @@ impl Chunk {
                 self.push_pair(batch, (first, caption), itm_token, image_tokens);
             }
         }
+        let first_tokens = self.images.first().map_or(0, |span| span.kv);
+        self.images_alone.extend(self.images.iter().map(|span| Span { kv: span.kv - first_tokens, ..*span }));
         (self.pairs, self.cross_rows) = (self.captions.len(), self.ids.len());
         if heads.cosine {
             for caption in 0..last - first {
@@ -92,7 +97,7 @@ impl Chunk {
 
     fn clear(&mut self) {
         [&mut self.ids, &mut self.places].into_iter().for_each(Vec::clear);
-        [&mut self.captions, &mut self.images].into_iter().for_each(Vec::clear);
+        [&mut self.captions, &mut self.images, &mut self.images_alone].into_iter().for_each(Vec::clear);
         [&mut self.first_rows, &mut self.pair_of, &mut self.text_of, &mut self.order].into_iter().for_each(Vec::clear);
         self.same.clear();
     }

@@ -7,7 +7,7 @@ use super::bert::{Bert, Packed};
 use super::chunk::Chunk;
 use super::vit::Vit;
 use super::{Loader, Observer};
-use crate::backend::{Backend, Care, Epilogue, TextRows};
+use crate::backend::{Backend, Care, Epilogue, Images, TextRows};
 use crate::checkpoint::Checkpoint;
 use crate::{Batch, Error, Heads, Info, ItmToken, Options, PairScore, PixelLut, Scorer};
 
@@ -119,11 +119,12 @@ impl<B: Backend> Net<B> {
         let (v, t, p) = (config.vision.hidden, config.text.hidden, config.projection);
         let heads = options.heads;
         let vit = Vit::load(loader, &config.vision, lut, options.images_max)?;
-        let image_rows = if heads.itm { options.images_max * vit.tokens() } else { 0 };
+        let images_seen = if heads.itm { options.images_max } else { 0 };
+        let images = Images { count: images_seen, tokens: vit.tokens(), width: v };
         let rows_max = tokens_max * (usize::from(heads.itm) + usize::from(heads.cosine));
         let captions_max = tokens_max;
         Ok(Self {
-            bert: Bert::load(loader, &config.text, v, (rows_max, image_rows))?,
+            bert: Bert::load(loader, &config.text, images, rows_max)?,
             vit,
             projections: Projections {
                 vision: loader.linear(Care::Exact, "vision_proj", p, v)?,
@@ -160,10 +161,10 @@ impl<B: Backend> Net<B> {
         }
         let images = self.vit.patchify(backend, batch.pixels());
         if observer.is_some() {
-            self.see_images(backend, images, observer)?;
+            self.vit.encode(backend, images, observer)?;
         } else {
             let mut seen = Ok(());
-            backend.repeat(images, |backend| seen = self.see_images(backend, images, &mut None));
+            backend.repeat(images, |backend| seen = self.vit.encode(backend, images, &mut None));
             seen?;
         }
         if self.heads.cosine {
@@ -178,15 +179,6 @@ impl<B: Backend> Net<B> {
             let last = self.chunk.pack(batch, first, (self.heads, token), (self.tokens_max, self.vit.tokens()));
             self.score_chunk(backend, batch, first..last, out, observer)?;
             first = last;
-        }
-        Ok(())
-    }
-
-    /// Encodes the images and makes what the text encoder sees of them.
-    fn see_images(&mut self, backend: &mut B, images: usize, observer: &mut Observer<'_>) -> Result<(), Error> {
-        self.vit.encode(backend, images, observer)?;
-        if self.heads.itm {
-            self.bert.see_images(backend, self.vit.embeds(), images * self.vit.tokens());
         }
         Ok(())
     }
@@ -220,8 +212,9 @@ impl<B: Backend> Net<B> {
             captions: &chunk.captions,
             cross_rows: chunk.cross_rows,
             images: &chunk.images,
+            images_alone: &chunk.images_alone,
         };
-        self.bert.forward(backend, &text, observer)?;
+        self.bert.forward(backend, &text, self.vit.embeds(), observer)?;
         let (itm_rows, cosine_rows) = chunk.first_rows.split_at(chunk.pairs);
         if self.heads.itm {
             backend.take_rows(self.bert.output(), itm_rows, &mut self.text_rows);
