@@ -152,6 +152,7 @@ on_every_backend! {
     image_tokens_prepend_the_class_row
     embed_adds_and_norms
     rows_are_taken_and_copied
+    fused_operations_equal_their_parts
     products_of_later_rows_are_theirs
     reruns_are_identical
 }

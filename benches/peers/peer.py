@@ -3,7 +3,7 @@
     python benches/peers/peer.py make onnx|onnx-int8|openvino|openvino-int8 --model DIR --work DIR
     python benches/peers/peer.py run NAME --model DIR --work DIR --batch 4 --threads 2
 
-`make` writes what a runtime loads, once. `run` loads NAME of PEERS, says `ready`, and for each line of its input scores all
+`make` writes what a runtime loads, if it is not there. `run` loads NAME of PEERS, says `ready`, and for each line of its input scores all
 rows and answers with JSON: seconds of the forward passes, scores, the process's peak memory.
 """
 import argparse
@@ -107,8 +107,14 @@ NEEDS = {"onnxruntime f32": ["onnx"], "onnxruntime dynamic int8": ["onnx", "onnx
          "openvino int8": ["openvino", "openvino-int8"], "openvino int8 and bf16": ["openvino", "openvino-int8"]}
 
 
+# What `make` writes.
+MAKES = {"onnx": "f32.onnx", "onnx-int8": "int8.onnx", "openvino": "f32.xml", "openvino-int8": "int8.xml"}
+
+
 def make(a):
-    path = {name: os.path.join(a.work, name) for name in ("f32.onnx", "int8.onnx", "f32.xml", "int8.xml")}
+    path = {name: os.path.join(a.work, name) for name in MAKES.values()}
+    if os.path.exists(path[MAKES[a.what]]):
+        return
     if a.what == "onnx":
         example = tuple(map(torch.from_numpy, next(batches(a.work, 2))))
         images, tokens = torch.export.Dim("images", min=1, max=64), torch.export.Dim("tokens", min=3, max=512)

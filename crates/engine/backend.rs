@@ -220,6 +220,45 @@ pub trait Backend: Send {
         out: &mut Self::Buf,
     );
 
+    /// `out [rows, outputs]` from the normed rows of x, for which `norm` brings room.
+    fn linear_of_norm(
+        &mut self,
+        x: &Self::Buf,
+        rows: usize,
+        norm: (&Self::Norm, &mut Self::Buf),
+        w: &Self::Linear,
+        out: &mut Self::Buf,
+    ) {
+        let (norm, normed) = norm;
+        self.layer_norm(x, rows, norm, normed);
+        self.linear(normed, rows, w, Epilogue::Store, out);
+    }
+
+    /// Room for what is between the products of [`Self::mlp`], of at most `rows` rows. Errors: no memory.
+    fn alloc_hidden(&self, rows: usize, cols: usize) -> Result<Self::Buf, Error> {
+        self.alloc(rows, cols)
+    }
+
+    /// `x += fc2(gelu(fc1(x)))`, of the normed x where there is a norm, which brings room for it.
+    fn mlp(
+        &mut self,
+        x: &mut Self::Buf,
+        rows: usize,
+        norm: Option<(&Self::Norm, &mut Self::Buf)>,
+        layers: [&Self::Linear; 2],
+        hidden: &mut Self::Buf,
+    ) {
+        let [fc1, fc2] = layers;
+        match norm {
+            Some((norm, normed)) => {
+                self.layer_norm(x, rows, norm, normed);
+                self.linear(normed, rows, fc1, Epilogue::Gelu, hidden);
+            }
+            None => self.linear(x, rows, fc1, Epilogue::Gelu, hidden),
+        }
+        self.linear(hidden, rows, fc2, Epilogue::Accumulate, x);
+    }
+
     /// `out[r] = (x[r] - mean) / sqrt(var + eps) * gain + bias`, biased variance, for the first `rows` rows.
     fn layer_norm(&mut self, x: &Self::Buf, rows: usize, norm: &Self::Norm, out: &mut Self::Buf);
 

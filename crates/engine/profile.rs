@@ -235,6 +235,43 @@ impl<B: Backend> Backend for Profiled<B> {
         self.time(name, flops, |inner| inner.linear_of(&x.inner, rows, &w.inner, epilogue, &mut out.inner));
     }
 
+    fn linear_of_norm(
+        &mut self,
+        x: &Self::Buf,
+        rows: usize,
+        (norm, normed): (&B::Norm, &mut Self::Buf),
+        w: &Self::Linear,
+        out: &mut Self::Buf,
+    ) {
+        let name = format!("norm, product {} -> {}", w.inputs, w.outputs);
+        let flops = 2.0 * (rows * w.inputs * w.outputs) as f64;
+        self.time(name, flops, |inner| {
+            inner.linear_of_norm(&x.inner, rows, (norm, &mut normed.inner), &w.inner, &mut out.inner);
+        });
+    }
+
+    fn alloc_hidden(&self, rows: usize, cols: usize) -> Result<Self::Buf, Error> {
+        Ok(Sized { inner: self.inner.alloc_hidden(rows, cols)?, cols })
+    }
+
+    fn mlp(
+        &mut self,
+        x: &mut Self::Buf,
+        rows: usize,
+        norm: Option<(&B::Norm, &mut Self::Buf)>,
+        [fc1, fc2]: [&Self::Linear; 2],
+        hidden: &mut Self::Buf,
+    ) {
+        let before = if norm.is_some() { "norm, " } else { "" };
+        let name =
+            format!("{before}product {} -> {}, gelu, product -> {}, residual", fc1.inputs, fc1.outputs, fc2.outputs);
+        let flops = 2.0 * (rows * (fc1.inputs * fc1.outputs + fc2.inputs * fc2.outputs)) as f64;
+        let norm = norm.map(|(norm, normed)| (norm, &mut normed.inner));
+        self.time(name, flops, |inner| {
+            inner.mlp(&mut x.inner, rows, norm, [&fc1.inner, &fc2.inner], &mut hidden.inner);
+        });
+    }
+
     fn layer_norm(&mut self, x: &Self::Buf, rows: usize, norm: &B::Norm, out: &mut Self::Buf) {
         let name = format!("layer norm of {}", x.cols);
         self.time(name, 0.0, |inner| inner.layer_norm(&x.inner, rows, norm, &mut out.inner));

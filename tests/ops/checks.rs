@@ -298,6 +298,48 @@ pub(super) fn rows_are_taken_and_copied<B: Backend>(backend: &mut B, on: &On) {
     assert_eq!(read(backend, &out, 2, 5), x[..10], "{}", on.name);
 }
 
+/// What is fused is what it is made of, to the bit: each part has a test against f64.
+pub(super) fn fused_operations_equal_their_parts<B: Backend>(backend: &mut B, on: &On) {
+    // Around blocks of rows and fewer than threads have tiles; then passes over K in both products.
+    for (rows, cols, between) in [(1, 20, 50), (5, 24, 7), (13, 20, 50), (40, 16, 64), (200, 33, 70), (7, 1030, 1100)] {
+        let layer = |seed: u64, inputs: usize, outputs: usize| {
+            let weight: Vec<f32> = on.values(outputs * inputs, seed).iter().map(|w| w / 16.0).collect();
+            backend.linear_weights(&weight, &on.values(outputs, seed + 1), inputs).unwrap()
+        };
+        let (fc1, fc2) = (layer(1, cols, between), layer(3, between, cols));
+        let norm = backend.norm_weights(&on.values(cols, 5), &on.values(cols, 6), 1e-5).unwrap();
+        let x = on.values(rows * cols, 7);
+        let matrix = |backend: &B| backend.upload(rows, cols, &x).unwrap();
+        for normed in [false, true] {
+            let (mut got, mut want, mut product) = (matrix(backend), matrix(backend), poisoned(backend, rows, between));
+            let (mut room, mut parts) = (poisoned(backend, rows, cols), poisoned(backend, rows, between));
+            let mut hidden = backend.alloc_hidden(rows, between).unwrap();
+            backend.run(|backend| {
+                let norm_and_room = normed.then_some((&norm, &mut room));
+                backend.mlp(&mut got, rows, norm_and_room, [&fc1, &fc2], &mut hidden);
+                if normed {
+                    backend.linear_of_norm(&want, rows, (&norm, &mut room), &fc1, &mut product);
+                    backend.layer_norm(&want, rows, &norm, &mut room);
+                } else {
+                    backend.copy_rows(&want, rows, &mut room);
+                    backend.linear(&want, rows, &fc1, Epilogue::Store, &mut product);
+                }
+                backend.linear(&room, rows, &fc1, Epilogue::Gelu, &mut parts);
+                backend.linear(&parts, rows, &fc2, Epilogue::Accumulate, &mut want);
+                backend.linear(&room, rows, &fc1, Epilogue::Store, &mut parts);
+            });
+            let read_all = |backend: &mut B, buf: &B::Buf, cols: usize| {
+                let mut all = vec![0.0; rows * cols];
+                backend.read(buf, &mut all).unwrap();
+                all
+            };
+            let what = format!("{} {rows} x {cols} x {between} {normed}", on.name);
+            assert_eq!(read_all(backend, &got, cols), read_all(backend, &want, cols), "{what}");
+            assert_eq!(read_all(backend, &product, between), read_all(backend, &parts, between), "{what}");
+        }
+    }
+}
+
 /// Rows from the middle of a matrix, as images that follow others are.
 pub(super) fn products_of_later_rows_are_theirs<B: Backend>(backend: &mut B, on: &On) {
     let (rows, k, n) = (37, 20, 19);

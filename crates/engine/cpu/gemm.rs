@@ -3,64 +3,102 @@
 //! After Goto and van de Geijn (ACM TOMS 34(3), 2008), with three simplifications that a fixed right-hand side allows:
 //!
 //! * W is packed once at load into panels of NR columns, `[ceil(N / NR)][K / group][NR]` words, and never touched again;
-//! * a task owns a block of at most MC rows. It makes words of KC columns of them at a time (with a stride that does not
-//!   alias in L1) and runs over all panels: block and panel stay in L2, an MR x NR tile of sums in registers;
-//! * the epilogue (scales, bias, GELU, residual) runs on the tile while it is in L1, so the output is written once per KC columns.
+//! * a task owns a block of at most MC rows. It makes words of them (normed, if that is asked; with a stride that does not alias in
+//!   L1) and runs over all panels, KC words of K at a time: block and panel stay in L2, an MR x NR tile of sums in registers;
+//! * the epilogue (scales, bias, GELU, residual) runs on the tile while it is in L1, so the output is written once per KC words.
 //!
 //! Rows are never split over K, so a row's result does not depend on the number of threads or on the rows beside it.
 
+use std::ops::Range;
 use std::sync::Mutex;
 
 use rayon::prelude::*;
 
+use super::Norm;
+use super::elementwise::layer_norm;
 use super::epilogue::{Pass, Worth, finish};
 use super::memory::{Aligned, Rectangle, Shared};
 use super::pack::{Packed, Row};
 use super::simd::Isa;
-use super::tile::{Format, Next, TILE_MAX};
+use super::tile::{Format, Next, TILE_MAX, Tile};
 use crate::Error;
 use crate::backend::Epilogue;
 
 /// Words of a row per pass: with MC = 96 rows the block is 400 kB and a panel of 64 columns 256 kB, together within 1 MB of L2.
 pub(super) const KC: usize = 1024;
 /// Most rows of a task.
-const MC: usize = 96;
+pub(super) const MC: usize = 96;
 /// Words added to the stride of the block so that its rows do not fall on the same L1 sets.
 const PAD: usize = 16;
 /// Rows that a tile may read beyond a task's.
 const TILE_ROWS_MAX: usize = 6;
 
-/// Per-thread room for a block of x in words.
-pub(super) struct BlockCopy {
-    words: Aligned<u32>,
-    rows: Vec<Row>,
+/// Words from row to row of a block.
+pub(super) fn stride(words: usize) -> usize {
+    words.next_multiple_of(PAD) + PAD
 }
 
-impl BlockCopy {
-    /// Room for any block. Errors: no memory.
+/// Per-thread room for a block of rows in words.
+pub(super) struct Block {
+    pub(super) words: Aligned<u32>,
+    pub(super) rows: Vec<Row>,
+    normed: Aligned,
+}
+
+impl Block {
+    /// No room yet.
     pub(super) fn new() -> Result<Self, Error> {
-        Ok(Self { words: Aligned::zeroed((MC + TILE_ROWS_MAX) * (KC + PAD))?, rows: Vec::with_capacity(MC) })
+        Ok(Self { words: Aligned::zeroed(0)?, rows: Vec::with_capacity(MC), normed: Aligned::zeroed(0)? })
+    }
+
+    /// Sees to room for rows of `inputs` values. Errors: no memory.
+    pub(super) fn reserve(&mut self, inputs: usize) -> Result<(), Error> {
+        self.words.reserve((MC + TILE_ROWS_MAX) * stride(inputs))?;
+        self.normed.reserve(inputs)
+    }
+
+    /// Makes words of `rows` rows.
+    pub(super) fn take<'a>(
+        &mut self,
+        isa: Isa,
+        tile: &Tile,
+        rows: Range<usize>,
+        row_of: impl Fn(usize) -> &'a [f32],
+        norm: Option<&Norm>,
+    ) {
+        self.rows.clear();
+        for (i, row) in rows.enumerate() {
+            let mut x = row_of(row);
+            if let Some(norm) = norm {
+                let normed = &mut self.normed[..x.len()];
+                layer_norm(isa, x, &norm.gain, &norm.bias, norm.eps, normed);
+                x = normed;
+            }
+            let (how, words) = (Row::new(isa, tile, x), tile.format.words(x.len()));
+            how.words(isa, x, &mut self.words[i * stride(words)..][..words]);
+            self.rows.push(how);
+        }
     }
 }
 
 /// A rectangle of the output: `rows` of one task, columns of panels `panels`.
-struct Task {
-    rows: std::ops::Range<usize>,
-    panels: std::ops::Range<usize>,
+pub(super) struct Task {
+    pub(super) rows: Range<usize>,
+    pub(super) panels: Range<usize>,
 }
 
 /// Cuts the output into tasks: by rows, and where these are too few for the threads, by panels too.
-struct Cut {
+pub(super) struct Cut {
     rows: usize,
     row_block: usize,
-    row_blocks: usize,
+    pub(super) row_blocks: usize,
     panels: usize,
     panel_block: usize,
     panel_blocks: usize,
 }
 
 impl Cut {
-    fn new(rows: usize, mr: usize, panels: usize, threads: usize) -> Self {
+    pub(super) fn new(rows: usize, mr: usize, panels: usize, threads: usize) -> Self {
         // An even number of rounds for all threads, so that none waits for a last lonely block.
         let wanted = rows.div_ceil(MC).next_multiple_of(threads).min(rows.div_ceil(mr));
         let row_block = rows.div_ceil(wanted).next_multiple_of(mr).min(MC);
@@ -75,19 +113,19 @@ impl Cut {
         self.row_blocks * self.panel_blocks
     }
 
-    fn task(&self, i: usize) -> Task {
+    pub(super) fn task(&self, i: usize) -> Task {
         let (r, p) = (i / self.panel_blocks * self.row_block, i % self.panel_blocks * self.panel_block);
         Task { rows: r..(r + self.row_block).min(self.rows), panels: p..(p + self.panel_block).min(self.panels) }
     }
 }
 
-/// `out (=|gelu=|+=) x Wᵀ + b` over `rows` rows; `x [rows, w.inputs]`, `out [rows, w.outputs]`.
+/// `out (=|gelu=|+=) x Wᵀ + b` over `rows` rows, of the normed x where there is a norm; `x [rows, w.inputs]`, `out [rows, w.outputs]`.
 ///
-/// Runs on the current rayon pool; `copies` has one entry per thread of it.
+/// Runs on the current rayon pool; `blocks` has one entry per thread of it.
 pub(super) fn linear(
     isa: Isa,
-    copies: &[Mutex<BlockCopy>],
-    x: &[f32],
+    blocks: &[Mutex<Block>],
+    (x, norm): (&[f32], Option<&Norm>),
     w: &Packed,
     epilogue: Epilogue,
     out: &mut [f32],
@@ -98,39 +136,48 @@ pub(super) fn linear(
     if rows == 0 {
         return;
     }
-    let cut = Cut::new(rows, w.tile.mr, w.panels(), copies.len());
+    let cut = Cut::new(rows, w.tile.mr, w.panels(), blocks.len());
     let output = Shared::new(out, w.outputs);
     (0..cut.len()).into_par_iter().with_max_len(1).for_each(|i| {
-        let thread = rayon::current_thread_index().expect("the backend runs on its own pool");
-        let mut copy = copies[thread].lock().expect("no task panics while it holds the block");
-        block(isa, &mut copy, x, w, epilogue, &output, &cut.task(i));
+        let (task, mut block) = (cut.task(i), own(blocks));
+        block.take(isa, &w.tile, task.rows.clone(), |row| &x[row * w.inputs..][..w.inputs], norm);
+        // SAFETY: tasks partition rows x panels, so no two of them have the same element of the output.
+        unsafe { multiply(isa, (&block.words, &block.rows), w, epilogue, &output, &task) };
     });
 }
 
-fn block(isa: Isa, copy: &mut BlockCopy, x: &[f32], w: &Packed, epilogue: Epilogue, out: &Shared<'_>, task: &Task) {
-    let (tile, group) = (w.tile, w.tile.format.group());
-    let (mr, nr, words) = (tile.mr, tile.nr, tile.format.words(w.inputs));
+/// This thread's room.
+pub(super) fn own<T>(rooms: &[Mutex<T>]) -> std::sync::MutexGuard<'_, T> {
+    let thread = rayon::current_thread_index().expect("the backend runs on its own pool");
+    rooms[thread].lock().expect("no task panics while it holds its room")
+}
+
+/// `out (=|gelu=|+=) words Wᵀ + b` in a task's rectangle, of whose rows these are the words.
+///
+/// # Safety
+/// No other thread may hold any of the rectangle's elements.
+pub(super) unsafe fn multiply(
+    isa: Isa,
+    (words, rows): (&[u32], &[Row]),
+    w: &Packed,
+    epilogue: Epilogue,
+    out: &Shared<'_>,
+    task: &Task,
+) {
+    let (tile, all) = (w.tile, w.tile.format.words(w.inputs));
+    let (mr, nr, stride) = (tile.mr, tile.nr, stride(all));
     let mut sums = [0_u32; TILE_MAX];
-    let row_of_x = |row: usize| &x[row * w.inputs..][..w.inputs];
-    let BlockCopy { words: copied, rows } = copy;
-    rows.clear();
-    rows.extend(task.rows.clone().map(|row| Row::new(isa, &tile, row_of_x(row))));
-    for k in (0..words).step_by(KC) {
-        let k = k..(k + KC).min(words);
-        let stride = k.len().next_multiple_of(PAD) + PAD;
-        for (i, (row, how)) in task.rows.clone().zip(&*rows).enumerate() {
-            let part = &row_of_x(row)[k.start * group..(k.end * group).min(w.inputs)];
-            how.words(isa, part, &mut copied[i * stride..][..k.len()]);
-        }
-        let pass = Pass { first: k.start == 0, last: k.end == words };
+    for k in (0..all).step_by(KC) {
+        let k = k..(k + KC).min(all);
+        let pass = Pass { first: k.start == 0, last: k.end == all };
         for p in task.panels.clone() {
             let cols = p * nr..((p + 1) * nr).min(w.outputs);
             let next = (p + 1 < task.panels.end).then(|| w.panel(p + 1, k.clone()));
             let next = Next::new(&tile, next, task.rows.len());
             for first in (0..task.rows.len()).step_by(mr) {
-                let (block, last) = ((&copied[first * stride..], stride), task.rows.len().min(first + mr));
+                let (block, last) = ((&words[first * stride + k.start..], stride), task.rows.len().min(first + mr));
                 let of_task = |row| task.rows.start + row;
-                // SAFETY: the rows and columns lie in this task's rectangle, which no other task touches.
+                // SAFETY: the rows and columns lie in the task's rectangle, which the caller vouches for.
                 let mut out = unsafe { Rectangle::new(out, of_task(first)..of_task(last), cols.clone()) };
                 if epilogue == Epilogue::Accumulate || !pass.first {
                     out.prefetch();

@@ -39,6 +39,14 @@ impl<T: Plain> Aligned<T> {
         lines.resize(count, Line([0; LINE]));
         Ok(Self { lines, len, of: PhantomData })
     }
+
+    /// Sees to room for `len` numbers, which are zeros if there was less. Errors: no memory.
+    pub(super) fn reserve(&mut self, len: usize) -> Result<(), Error> {
+        if self.len < len {
+            *self = Self::zeroed(len)?;
+        }
+        Ok(())
+    }
 }
 
 impl<T: Plain> std::ops::Deref for Aligned<T> {
@@ -59,6 +67,12 @@ impl<T: Plain> std::ops::DerefMut for Aligned<T> {
 }
 
 /// The words as the f32 that they are.
+pub(super) fn floats_of(words: &[u32]) -> &[f32] {
+    // SAFETY: both are 4 bytes of any value with an alignment of 4; the borrow goes on in the result.
+    unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), words.len()) }
+}
+
+/// The same to write.
 pub(super) fn floats(words: &mut [u32]) -> &mut [f32] {
     // SAFETY: both are 4 bytes of any value with an alignment of 4; the exclusive borrow goes on in the result.
     unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), words.len()) }

@@ -10,6 +10,7 @@ mod elementwise;
 mod epilogue;
 mod gemm;
 mod memory;
+mod mlp;
 mod pack;
 mod simd;
 mod tile;
@@ -44,7 +45,8 @@ pub struct CpuBackend {
     precision: Precision,
     pool: Option<rayon::ThreadPool>,
     threads: usize,
-    copies: Vec<Mutex<gemm::BlockCopy>>,
+    blocks: Vec<Mutex<gemm::Block>>,
+    hiddens: Vec<Mutex<mlp::Hidden>>,
     heads: Vec<Mutex<attention::Head>>,
 }
 
@@ -67,12 +69,13 @@ impl CpuBackend {
             .build()
             .map_err(|source| Error::Threads { source })?;
         let threads = pool.current_num_threads();
-        let copies = (0..threads).map(|_| gemm::BlockCopy::new().map(Mutex::new)).collect::<Result<_, _>>()?;
+        let blocks = (0..threads).map(|_| gemm::Block::new().map(Mutex::new)).collect::<Result<_, _>>()?;
+        let hiddens = (0..threads).map(|_| mlp::Hidden::new().map(Mutex::new)).collect::<Result<_, _>>()?;
         let head = || {
             attention::Head::new(isa, attention_format(isa, precision), limits.keys, limits.head_size).map(Mutex::new)
         };
         let heads = (0..threads).map(|_| head()).collect::<Result<_, _>>()?;
-        Ok(Self { isa, precision, pool: Some(pool), threads, copies, heads })
+        Ok(Self { isa, precision, pool: Some(pool), threads, blocks, hiddens, heads })
     }
 
     fn rows_per_task(&self, rows: usize) -> usize {
@@ -115,6 +118,9 @@ impl Backend for CpuBackend {
             (Care::Sensitive, Format::Int8) => Format::Bf16,
             (_, format) => format,
         };
+        for block in &self.blocks {
+            block.lock().expect("nothing runs while weights are loaded").reserve(inputs)?;
+        }
         pack::Packed::new(self.isa, format, weight, bias, inputs)
     }
 
@@ -188,7 +194,44 @@ impl Backend for CpuBackend {
     ) {
         assert!(x.cols == w.inputs && out.cols == w.outputs);
         let (x, out) = (&x.head(rows.end)[rows.start * x.cols..], out.head_mut(rows.len()));
-        gemm::linear(self.isa, &self.copies, x, w, epilogue, out);
+        gemm::linear(self.isa, &self.blocks, (x, None), w, epilogue, out);
+    }
+
+    fn linear_of_norm(
+        &mut self,
+        x: &Self::Buf,
+        rows: usize,
+        (norm, _): (&Self::Norm, &mut Self::Buf),
+        w: &Self::Linear,
+        out: &mut Self::Buf,
+    ) {
+        assert!(x.cols == w.inputs && norm.gain.len() == w.inputs && out.cols == w.outputs);
+        gemm::linear(self.isa, &self.blocks, (x.head(rows), Some(norm)), w, Epilogue::Store, out.head_mut(rows));
+    }
+
+    fn alloc_hidden(&self, rows: usize, cols: usize) -> Result<Self::Buf, Error> {
+        for hidden in &self.hiddens {
+            hidden.lock().expect("nothing runs while weights are loaded").reserve(cols)?;
+        }
+        memory::Mat::zeroed(rows.min(mlp::rows_alone(self.threads)), cols)
+    }
+
+    fn mlp(
+        &mut self,
+        x: &mut Self::Buf,
+        rows: usize,
+        norm: Option<(&Self::Norm, &mut Self::Buf)>,
+        [fc1, fc2]: [&Self::Linear; 2],
+        hidden: &mut Self::Buf,
+    ) {
+        let norm = norm.map(|(norm, _)| norm);
+        if mlp::fits(rows, fc1, self.threads) {
+            assert!(x.cols == fc1.inputs);
+            mlp::mlp(self.isa, (&self.blocks, &self.hiddens), norm, [fc1, fc2], x.head_mut(rows));
+        } else {
+            gemm::linear(self.isa, &self.blocks, (x.head(rows), norm), fc1, Epilogue::Gelu, hidden.head_mut(rows));
+            self.linear(hidden, rows, fc2, Epilogue::Accumulate, x);
+        }
     }
 
     fn layer_norm(&mut self, x: &Self::Buf, rows: usize, norm: &Self::Norm, out: &mut Self::Buf) {

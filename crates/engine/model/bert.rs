@@ -99,7 +99,7 @@ impl<B: Backend> Bert<B> {
             b: backend.alloc(rows_max, t)?,
             context: backend.alloc(rows_max, t)?,
             qkv: backend.alloc(rows_max, 3 * t)?,
-            hidden: backend.alloc(rows_max, config.intermediate)?,
+            hidden: backend.alloc_hidden(rows_max, config.intermediate)?,
         })
     }
 
@@ -176,8 +176,7 @@ impl<B: Backend> Bert<B> {
             backend.layer_norm(&self.a, cross_rows, &layer.cross_norm, &mut self.b);
             backend.copy_rows(&self.b, cross_rows, &mut self.a);
         }
-        backend.linear(&self.a, rows, &layer.fc1, Epilogue::Gelu, &mut self.hidden);
-        backend.linear(&self.hidden, rows, &layer.fc2, Epilogue::Accumulate, &mut self.a);
+        backend.mlp(&mut self.a, rows, None, [&layer.fc1, &layer.fc2], &mut self.hidden);
         backend.layer_norm(&self.a, rows, &layer.mlp_norm, &mut self.x);
     }
 

@@ -74,7 +74,7 @@ impl<B: Backend> Vit<B> {
             normed: backend.alloc(rows, v)?,
             context: backend.alloc(rows, v)?,
             qkv: backend.alloc(rows, 3 * v)?,
-            hidden: backend.alloc(rows, config.intermediate)?,
+            hidden: backend.alloc_hidden(rows, config.intermediate)?,
         })
     }
 
@@ -122,14 +122,12 @@ impl<B: Backend> Vit<B> {
     /// `x += proj(attention(ln1 x)); x += fc2(gelu(fc1(ln2 x)))`
     fn block(&mut self, backend: &mut B, i: usize, rows: usize) {
         let (layer, v) = (&self.layers[i], self.config.hidden);
-        backend.layer_norm(&self.x, rows, &layer.norm1, &mut self.normed);
-        backend.linear(&self.normed, rows, &layer.qkv, Epilogue::Store, &mut self.qkv);
+        backend.linear_of_norm(&self.x, rows, (&layer.norm1, &mut self.normed), &layer.qkv, &mut self.qkv);
         let qkv = [0, v, 2 * v].map(|first| Columns { buf: &self.qkv, first });
         backend.attention(qkv, &self.spans, self.config.heads, &mut self.context);
         backend.linear(&self.context, rows, &layer.projection, Epilogue::Accumulate, &mut self.x);
-        backend.layer_norm(&self.x, rows, &layer.norm2, &mut self.normed);
-        backend.linear(&self.normed, rows, &layer.fc1, Epilogue::Gelu, &mut self.hidden);
-        backend.linear(&self.hidden, rows, &layer.fc2, Epilogue::Accumulate, &mut self.x);
+        let norm = Some((&layer.norm2, &mut self.normed));
+        backend.mlp(&mut self.x, rows, norm, [&layer.fc1, &layer.fc2], &mut self.hidden);
     }
 
     /// All tokens of all images after the final norm, `[B * N, V]`; row `b * N` is image b's class row.
