@@ -6,7 +6,7 @@
 
 mod absorbed;
 mod checks;
-mod operands;
+pub(crate) mod operands;
 
 use capsieve_engine::Precision;
 use capsieve_engine::testing::{AttentionLimits, Backend, CpuBackend, Isa};

@@ -5,13 +5,14 @@
     target/release/capsieve synth --size large --out target/large
     target/peers/bin/python benches/peers/compare.py --model target/large --out benches/results/NAME.json
 
-Every variant loads the model in a process of its own and waits. Each round scores the same rows once with each of them in
-turn, so that a machine whose speed drifts slows all of them. A peer's time is its forward passes, pixels and token ids made
+Every peer of a precision loads the model in a process of its own and waits. Each round scores the same rows once with each of
+them in turn, so that a machine whose speed drifts slows all of them; Capsieve's bf16 takes part in the rounds of int8. A peer's time is its forward passes, pixels and token ids made
 before; Capsieve's is the engine's part of its stats file. All peers share the image pass of both heads, but for the model
 card's two calls. Scores are compared with those of the first peer in f32. The share of the peak is `capsieve bench`'s: exact
 operations of the forward pass in a second, against multiply-adds between registers measured just before.
 """
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -58,14 +59,18 @@ def write_inputs(a, work):
         np.savez(work / f"{name}.npz", pixels=pixels, ids=ids, lengths=np.array([len(t) for t in tokens]))
 
 
+def precision_of(name):
+    return next(word for word in name.split() if word in ("f32", "bf16", "int8"))
+
+
 class Peer:
     """A peer that waits in its process."""
 
-    def __init__(self, a, work, name, batch):
+    def __init__(self, a, work, name):
         command = [sys.executable, HERE / "peer.py", "run", name, "--model", a.model, "--work", work,
-                   "--batch", str(batch), "--threads", str(a.threads)]
+                   "--threads", str(a.threads)]
         self.process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE if a.quiet else None, text=True)
+                                        stderr=subprocess.DEVNULL if a.quiet else None, text=True)
         self.answer("ready")
 
     def answer(self, wanted=None):
@@ -76,23 +81,27 @@ class Peer:
                 return None
         raise RuntimeError(f"the peer ended with {self.process.wait()}")
 
-    def run(self):
-        self.process.stdin.write("run\n")
+    def run(self, batch):
+        self.process.stdin.write(f"{batch}\n")
         self.process.stdin.flush()
         return self.answer()
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
 
 
 class Capsieve:
     """The binary, started anew for each round: its engine's time does not count the loading."""
 
-    def __init__(self, a, work, precision, batch):
-        self.work, self.out = work, work / f"scored-{precision}-{batch}"
+    def __init__(self, a, work, precision):
+        self.out = work / f"scored-{precision}"
         self.command = [a.capsieve, "score", "--model", a.model, "--input", work / "rows.parquet", "--overwrite",
-                        "--output", f"{self.out}.parquet", "--precision", precision, "--batch-size", str(batch),
-                        "--threads", str(a.threads), "--device", "cpu"]
+                        "--output", f"{self.out}.parquet", "--precision", precision, "--threads", str(a.threads),
+                        "--device", "cpu"]
 
-    def run(self):
-        done = subprocess.Popen(list(map(str, self.command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def run(self, batch):
+        done = subprocess.Popen([*map(str, self.command), "--batch-size", str(batch)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _, status, used = os.wait4(done.pid, 0)
         if status:
             raise RuntimeError(f"{self.command} ended with {status}")
@@ -100,6 +109,9 @@ class Capsieve:
         columns = pq.read_table(f"{self.out}.parquet", columns=["itm_score", "cosine_score"]).columns
         scores = np.stack([np.asarray(c) for c in columns], 1).tolist()
         return {"seconds": stats["seconds"]["engine"], "scores": scores, "peak_kb": used.ru_maxrss}
+
+    def end(self):
+        pass
 
 
 def share_of_peak(a, precision, batch):
@@ -110,15 +122,13 @@ def share_of_peak(a, precision, batch):
     return {k: report[k] for k in ("device", "engine_gflops", "ceiling_gflops", "engine_pairs_per_second", "stages")}
 
 
-def start(a, work):
-    """All variants that this machine has, ready."""
-    made, variants = set(), {}
-    for precision in a.precisions:
-        for batch in a.batches:
-            variants[f"capsieve {precision}", batch] = Capsieve(a, work, precision, batch)
+def start(a, work, precision):
+    """All variants of a precision that this machine has, ready."""
+    made = set()
+    ours = [precision, "bf16"] if precision == "int8" and "bf16" in a.precisions else [precision]
+    variants = {f"capsieve {p}": Capsieve(a, work, p) for p in ours}
     for name in PEERS:
-        chosen = name.split()[0] in a.peers and any(p in name.split() for p in a.precisions)
-        if not chosen or name in a.without:
+        if name.split()[0] not in a.peers or precision_of(name) != precision or name in a.without:
             continue
         try:
             for need in NEEDS.get(name, []):
@@ -126,31 +136,30 @@ def start(a, work):
                     command = [sys.executable, HERE / "peer.py", "make", need, "--model", a.model, "--work", work]
                     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
                     made.add(need)
-            for batch in a.batches:
-                variants[name, batch] = Peer(a, work, name, batch)
-                print(f"{name}, batch {batch}: ready", flush=True)
+            variants[name] = Peer(a, work, name)
+            print(f"{name}: ready", flush=True)
         except (RuntimeError, subprocess.CalledProcessError) as failed:
             print(f"{name}: left out, for {failed}", flush=True)
     return variants
 
 
-def measure(a, variants):
-    """Rounds in turn: pairs/s, last scores and peak memory of each variant."""
-    found = {}
-    for turn in range(a.rounds):
-        for (name, batch), variant in variants.items():
-            got = variant.run()
-            of = found.setdefault((name, batch), {"pairs_per_second": []})
-            of["pairs_per_second"].append(a.rows / got["seconds"])
-            of["peak_mb"], of["scores"] = round(got["peak_kb"] / 1024), np.array(got["scores"])
-            print(f"round {turn + 1}, {name}, batch {batch}: {a.rows / got['seconds']:.3f} pairs/s", flush=True)
-    return found
+def measure(a, variants, found):
+    """Rounds in turn: pairs/s, last scores and peak memory of each variant and batch size."""
+    for turn, batch, name in itertools.product(range(a.rounds), a.batches, variants):
+        got = variants[name].run(batch)
+        of = found.setdefault((name, batch), {"pairs_per_second": []})
+        of["pairs_per_second"].append(a.rows / got["seconds"])
+        of["peak_mb"], of["scores"] = round(got["peak_kb"] / 1024), np.array(got["scores"])
+        print(f"round {turn + 1}, {name}, batch {batch}: {a.rows / got['seconds']:.3f} pairs/s", flush=True)
+    for variant in variants.values():
+        variant.end()
 
 
 def report(a, found):
     """Best batch of each variant, its drift from f32, and the ratios that matter."""
-    reference = next((of["scores"] for (name, _), of in found.items() if name.split()[0] != "capsieve" and "f32" in name),
-                     next(iter(found.values()))["scores"])
+    f32 = [of["scores"] for (name, _), of in found.items() if precision_of(name) == "f32"]
+    # The first is Capsieve's, the next a peer's.
+    reference = f32[1] if len(f32) > 1 else next(iter(found.values()))["scores"]
     best = {}
     for (name, batch), of in found.items():
         drift = np.abs(of.pop("scores") - reference)
@@ -162,7 +171,7 @@ def report(a, found):
     ratios = {}
     for precision in a.precisions:
         ours = best.get(f"capsieve {precision}")
-        peers = {n: b["median"] for n, b in best.items() if precision in n.split() and not n.startswith("capsieve")}
+        peers = {n: b["median"] for n, b in best.items() if precision_of(n) == precision and n != f"capsieve {precision}"}
         for name, median in peers.items() if ours else ():
             ratios[f"{precision}: {name}"] = ours["median"] / median
     return best, ratios
@@ -188,7 +197,9 @@ def main():
         work = Path(a.work or folder).resolve()
         work.mkdir(exist_ok=True)
         write_inputs(a, work)
-        found = measure(a, start(a, work))
+        found = {}
+        for precision in a.precisions:
+            measure(a, start(a, work, precision), found)
         best, ratios = report(a, found)
         packages = ["torch", "transformers", "onnxruntime", "openvino", "nncf"]
         peak = {p: share_of_peak(a, p, best[f"capsieve {p}"]["batch"]) for p in a.precisions}

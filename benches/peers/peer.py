@@ -1,10 +1,10 @@
 """One peer in a process of its own, for compare.py: it scores when it is told to, and sleeps in between.
 
     python benches/peers/peer.py make onnx|onnx-int8|openvino|openvino-int8 --model DIR --work DIR
-    python benches/peers/peer.py run NAME --model DIR --work DIR --batch 4 --threads 2
+    python benches/peers/peer.py run NAME --model DIR --work DIR --threads 2
 
-`make` writes what a runtime loads, if it is not there. `run` loads NAME of PEERS, says `ready`, and for each line of its input scores all
-rows and answers with JSON: seconds of the forward passes, scores, the process's peak memory.
+`make` writes what a runtime loads, if it is not there. `run` loads NAME of PEERS, says `ready`, and for each line of its input, a batch
+size, scores all rows and answers with JSON: seconds of the forward passes, scores, the process's peak memory.
 """
 import argparse
 import json
@@ -143,11 +143,15 @@ def make(a):
 
 def run(a):
     score = PEERS[a.what](a)
-    rows = list(batches(a.work, a.batch))
-    for batch in rows[:1] + rows[-1:]:
-        score(*batch)
     print("ready", flush=True)
-    for _ in sys.stdin:
+    seen = set()
+    for line in sys.stdin:
+        rows = list(batches(a.work, int(line)))
+        # Kernels are chosen, or compiled, with the first batch of a shape.
+        for batch in rows:
+            if (shape := (line, batch[1].shape)) not in seen:
+                score(*batch)
+                seen.add(shape)
         start = time.perf_counter()
         scores = [np.stack(score(*batch), 1) for batch in rows]
         seconds = time.perf_counter() - start
@@ -161,7 +165,6 @@ def main():
     args.add_argument("what")
     args.add_argument("--model", required=True)
     args.add_argument("--work", required=True, help="folder of rows.npz, and of what `make` writes")
-    args.add_argument("--batch", type=int, default=1)
     args.add_argument("--threads", type=int, default=os.cpu_count())
     a = args.parse_args()
     (make if a.action == "make" else run)(a)

@@ -1,6 +1,7 @@
 //! What 16 bits and bytes cost in accuracy.
 
 use super::*;
+use crate::ops::operands::sums_pairs;
 
 /// Mean and largest error in 16 bits against f64, over PyTorch's own on a CPU in the same type; measured 0.63 to 1.27 and
 /// 0.72 to 1.27 (the largest: ITM 7.1e-3 in f16, PyTorch 9.4e-3; 6.3e-2 in bf16, PyTorch 5.6e-2). The sets' weights are
@@ -12,6 +13,9 @@ const OF_PYTORCH_MAX: f64 = 2.0;
 const INT8_MEAN: [f64; 2] = [0.04, 0.015];
 /// The largest; measured 7.4e-2 and 2.8e-2.
 const INT8_MAX: [f64; 2] = [0.12, 0.045];
+/// The same with weights of 7 bits, where the processor sums bytes in no better way; measured 5.9e-2, 1.8e-2, 0.20 and 4.4e-2.
+const INT7_MEAN: [f64; 2] = [0.08, 0.025];
+const INT7_MAX: [f64; 2] = [0.25, 0.065];
 
 /// No further from the truth than PyTorch in the same type.
 pub(super) fn assert_as_near_as_pytorch(oracle: &Oracle, precision: Precision, got: &[PairScore]) {
@@ -73,7 +77,8 @@ fn bytes_are_near() {
         let cosine = errors(got.iter().map(|s| f64::from(s.cosine)), &expected("cosine_f64"));
         println!("{} {} int8: itm {itm:.4?}, cosine {cosine:.4?}", oracle.name, isa.name());
         for (head, (mean, max)) in [itm, cosine].into_iter().enumerate() {
-            assert!(mean <= INT8_MEAN[head] && max <= INT8_MAX[head], "{}: {mean}, {max}", oracle.name);
+            let (mean_max, most) = if sums_pairs(isa) { (INT7_MEAN, INT7_MAX) } else { (INT8_MEAN, INT8_MAX) };
+            assert!(mean <= mean_max[head] && max <= most[head], "{}: {mean}, {max}", oracle.name);
         }
     });
 }

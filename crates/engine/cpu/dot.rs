@@ -25,13 +25,11 @@ pub(super) struct F32;
 pub(super) struct Bf16;
 /// The same by f32 products, where there is no instruction for it.
 pub(super) struct WideBf16;
-/// Words of four bytes, u8 times i8, with sums in i32: by `vpdpbusd`. All implementations give the same sums.
+/// Words of four bytes, u8 times i8, with sums in i32: by `vpdpbusd`. All implementations give the same sums of the same bytes.
 pub(super) struct Bytes;
-/// The same by 16-bit products, where there is no instruction for it.
-pub(super) struct WideBytes;
-/// The same of activations that are i8, too: by products of magnitudes with weights that take over the sign, which fit in the 16 bits
-/// that the instruction sums them in (2 x 128 x 127), where u8 would not.
-pub(super) struct SignedBytes;
+/// The same where there is no instruction for it: by products that are summed in pairs in 16 bits, where those with weights of 7 bits
+/// fit (2 x 255 x 63).
+pub(super) struct PairBytes;
 
 /// Four lanes in plain Rust: every target has them, and NEON and SSE map onto them.
 pub(super) struct Portable<Kind>(std::marker::PhantomData<Kind>);
@@ -108,7 +106,7 @@ mod x86 {
     use std::arch::x86_64::*;
     use std::marker::PhantomData;
 
-    use super::{Bf16, Bytes, Dot, F32, SignedBytes, WideBf16, WideBytes};
+    use super::{Bf16, Bytes, Dot, F32, PairBytes, WideBf16};
 
     pub(in crate::cpu) struct Avx512<Kind>(PhantomData<Kind>);
     pub(in crate::cpu) struct Avx2<Kind>(PhantomData<Kind>);
@@ -205,14 +203,8 @@ mod x86 {
 
     dot512!(Bytes, |sum, a, b| _mm512_dpbusd_epi32(sum, a, b));
 
-    dot512!(WideBytes, |sum, a, b| {
-        // Bytes 0 and 2, then 1 and 3, as halves of words: unsigned ones of a, signed ones of b.
-        let even = _mm512_madd_epi16(
-            _mm512_and_si512(a, _mm512_set1_epi32(0x00ff_00ff)),
-            _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(b)),
-        );
-        let odd = _mm512_madd_epi16(_mm512_srli_epi16::<8>(a), _mm512_srai_epi16::<8>(b));
-        _mm512_add_epi32(sum, _mm512_add_epi32(even, odd))
+    dot512!(PairBytes, |sum, a, b| {
+        _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1)))
     });
 
     dot256!(F32, |sum, a, b| {
@@ -231,8 +223,7 @@ mod x86 {
 
     dot256!(Bytes, |sum, a, b| _mm256_dpbusd_avx_epi32(sum, a, b));
 
-    dot256!(SignedBytes, |sum, a, b| {
-        let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
-        _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+    dot256!(PairBytes, |sum, a, b| {
+        _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)))
     });
 }

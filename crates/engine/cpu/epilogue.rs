@@ -1,9 +1,9 @@
-//! What happens to a tile of sums on its way to the output: scales, bias, GELU, residual, while the tile is in L1.
+//! What happens to sums on their way to the output: scales, bias, GELU, residual, while they are in L1.
 //!
-//! A tile is small, so everything here is one call a tile, and its loops run over whole registers.
+//! A tile is small, so everything here is one call for some of them, and its loops run over whole registers.
 
 use super::elementwise::gelu_of;
-use super::memory::{Rectangle, floats};
+use super::memory::Rectangle;
 use super::pack::Row;
 use super::simd::dispatch;
 use crate::backend::Epilogue;
@@ -31,65 +31,107 @@ pub(super) struct Worth<'a> {
     pub(super) shifts: &'a [i32],
 }
 
-/// `out = f(sums, bias, out)` for the rows of the output.
+/// Sums as numbers.
+trait Value: Copy {
+    /// The sums of a row from the column `step * STEP` on.
+    fn step(self, row: usize, step: usize, sums: &[u32; STEP]) -> [f32; STEP];
+    /// The sum of a column.
+    fn one(self, row: usize, column: usize, sum: u32) -> f32;
+}
+
+#[derive(Clone, Copy)]
+struct Floats;
+
+impl Value for Floats {
+    #[inline(always)]
+    fn step(self, _: usize, _: usize, sums: &[u32; STEP]) -> [f32; STEP] {
+        sums.map(f32::from_bits)
+    }
+
+    #[inline(always)]
+    fn one(self, _: usize, _: usize, sum: u32) -> f32 {
+        f32::from_bits(sum)
+    }
+}
+
+impl Value for Worth<'_> {
+    #[inline(always)]
+    fn step(self, row: usize, step: usize, sums: &[u32; STEP]) -> [f32; STEP] {
+        let (columns, shifts) = (&self.columns.as_chunks::<STEP>().0[step], &self.shifts.as_chunks::<STEP>().0[step]);
+        let scale = self.rows[row].scale;
+        std::array::from_fn(|i| (sums[i].cast_signed().wrapping_sub(shifts[i])) as f32 * (scale * columns[i]))
+    }
+
+    #[inline(always)]
+    fn one(self, row: usize, column: usize, sum: u32) -> f32 {
+        (sum.cast_signed().wrapping_sub(self.shifts[column])) as f32 * (self.rows[row].scale * self.columns[column])
+    }
+}
+
+/// `out = f(sum, bias, out)` for the rows of the output.
 #[inline(always)]
-fn each((sums, nr): (&[f32], usize), bias: &[f32], out: &mut Rectangle<'_>, f: impl Fn(f32, f32, f32) -> f32) {
-    let (bias, bias_rest) = bias.as_chunks::<STEP>();
+fn each(
+    (sums, nr): (&[u32], usize),
+    value: impl Value,
+    bias: &[f32],
+    out: &mut Rectangle<'_>,
+    f: impl Fn(f32, f32, f32) -> f32,
+) {
+    let (steps, bias_rest) = bias.as_chunks::<STEP>();
     for (row, sums) in sums.chunks_exact(nr).take(out.rows()).enumerate() {
-        let (sums, sums_rest) = sums.as_chunks::<STEP>();
         let (out, out_rest) = out.row(row).as_chunks_mut::<STEP>();
-        for ((sums, bias), out) in sums.iter().zip(bias).zip(out) {
+        for (step, ((sums, bias), out)) in sums.as_chunks::<STEP>().0.iter().zip(steps).zip(out).enumerate() {
+            let values = value.step(row, step, sums);
             for i in 0..STEP {
-                out[i] = f(sums[i], bias[i], out[i]);
+                out[i] = f(values[i], bias[i], out[i]);
             }
         }
-        // Of the last panel's columns some may not exist; then no whole steps are left of the sums, or none of the output.
-        let sums = sums.get(bias.len()).map_or(sums_rest, |sums| &sums[..]);
-        for ((sum, bias), out) in sums.iter().zip(bias_rest).zip(out_rest) {
-            *out = f(*sum, *bias, *out);
+        // Of the last panel's columns some may not exist.
+        let done = steps.len() * STEP;
+        for (i, ((sum, bias), out)) in sums[done..].iter().zip(bias_rest).zip(out_rest).enumerate() {
+            *out = f(value.one(row, done + i, *sum), *bias, *out);
         }
+    }
+}
+
+#[inline(always)]
+fn finish_of<const F: bool>(
+    sums: (&[u32], usize),
+    value: impl Value,
+    bias: &[f32],
+    (epilogue, pass): (Epilogue, Pass),
+    out: &mut Rectangle<'_>,
+) {
+    match (epilogue, pass.first, pass.last) {
+        (Epilogue::Gelu, true, true) => each(sums, value, bias, out, |sum, bias, _| gelu_of::<F>(sum + bias)),
+        (Epilogue::Gelu, false, true) => each(sums, value, bias, out, |sum, _, out| gelu_of::<F>(out + sum)),
+        (Epilogue::Store | Epilogue::Gelu, true, _) => each(sums, value, bias, out, |sum, bias, _| sum + bias),
+        (Epilogue::Accumulate, true, _) => each(sums, value, bias, out, |sum, bias, out| out + (sum + bias)),
+        (_, false, _) => each(sums, value, bias, out, |sum, _, out| out + sum),
     }
 }
 
 #[inline(always)]
 fn finish_body<const F: bool>(
-    (sums, nr): (&mut [u32], usize),
+    sums: (&[u32], usize),
     worth: Option<Worth<'_>>,
     bias: &[f32],
-    (epilogue, pass): (Epilogue, Pass),
+    how: (Epilogue, Pass),
     out: &mut Rectangle<'_>,
 ) {
-    if let Some(worth) = worth {
-        dequantize((sums, nr), worth);
-    }
-    let sums = (&*floats(sums), nr);
-    match (epilogue, pass.first, pass.last) {
-        (Epilogue::Gelu, true, true) => each(sums, bias, out, |sum, bias, _| gelu_of::<F>(sum + bias)),
-        (Epilogue::Gelu, false, true) => each(sums, bias, out, |sum, _, out| gelu_of::<F>(out + sum)),
-        (Epilogue::Store | Epilogue::Gelu, true, _) => each(sums, bias, out, |sum, bias, _| sum + bias),
-        (Epilogue::Accumulate, true, _) => each(sums, bias, out, |sum, bias, out| out + (sum + bias)),
-        (_, false, _) => each(sums, bias, out, |sum, _, out| out + sum),
+    match worth {
+        Some(worth) => finish_of::<F>(sums, worth, bias, how, out),
+        None => finish_of::<F>(sums, Floats, bias, how, out),
     }
 }
 
 dispatch! {
-    /// Brings a tile of sums to the output; they are of bytes where it is said what these are worth.
+    /// Brings rows of a panel's sums to the output; they are of bytes where it is said what these are worth.
     pub(super) fn finish(
-        sums: (&mut [u32], usize),
+        sums: (&[u32], usize),
         worth: Option<Worth<'_>>,
         bias: &[f32],
         how: (Epilogue, Pass),
         out: &mut Rectangle<'_>,
     ) = finish_body
-}
-
-/// Makes f32 of sums of bytes, in their place.
-#[inline(always)]
-fn dequantize((sums, nr): (&mut [u32], usize), worth: Worth<'_>) {
-    let Worth { rows, columns, shifts } = worth;
-    for (sums, row) in sums.chunks_exact_mut(nr).zip(rows) {
-        for ((sum, scale), shift) in sums.iter_mut().zip(columns).zip(shifts) {
-            *sum = ((sum.cast_signed() - shift) as f32 * (row.scale * scale)).to_bits();
-        }
-    }
 }

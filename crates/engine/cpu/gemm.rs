@@ -20,7 +20,7 @@ use super::epilogue::{Pass, Worth, finish};
 use super::memory::{Aligned, Rectangle, Shared};
 use super::pack::{Packed, Row};
 use super::simd::Isa;
-use super::tile::{Format, Next, TILE_MAX, Tile};
+use super::tile::{Format, Next, Tile};
 use crate::Error;
 use crate::backend::Epilogue;
 
@@ -28,6 +28,8 @@ use crate::backend::Epilogue;
 pub(super) const KC: usize = 1024;
 /// Most rows of a task.
 pub(super) const MC: usize = 96;
+/// Sums that are made before they go to the output: so many that it costs little to call for it, so few that they stay in L1.
+const SUMS: usize = 2048;
 /// Words added to the stride of the block so that its rows do not fall on the same L1 sets.
 const PAD: usize = 16;
 /// Rows that a tile may read beyond a task's.
@@ -87,26 +89,23 @@ pub(super) struct Task {
     pub(super) panels: Range<usize>,
 }
 
-/// Cuts the output into tasks: by rows, and where these are too few for the threads, by panels too.
+/// Cuts the output into tasks: by rows, and where these are too few for the threads, by panels too. All tasks are alike but for a tile
+/// or a panel, and as many for each thread, so that none waits for others at the end.
 pub(super) struct Cut {
     rows: usize,
-    row_block: usize,
+    mr: usize,
+    tiles: usize,
     pub(super) row_blocks: usize,
     panels: usize,
-    panel_block: usize,
     panel_blocks: usize,
 }
 
 impl Cut {
     pub(super) fn new(rows: usize, mr: usize, panels: usize, threads: usize) -> Self {
-        // An even number of rounds for all threads, so that none waits for a last lonely block.
-        let wanted = rows.div_ceil(MC).next_multiple_of(threads).min(rows.div_ceil(mr));
-        let row_block = rows.div_ceil(wanted).next_multiple_of(mr).min(MC);
-        let row_blocks = rows.div_ceil(row_block);
-        let panel_blocks = (2 * threads).div_ceil(row_blocks).min(panels);
-        let panel_blocks = if row_blocks >= threads { 1 } else { panel_blocks };
-        let panel_block = panels.div_ceil(panel_blocks);
-        Self { rows, row_block, row_blocks, panels, panel_block, panel_blocks: panels.div_ceil(panel_block) }
+        let tiles = rows.div_ceil(mr);
+        let row_blocks = tiles.div_ceil(MC / mr).next_multiple_of(threads).min(tiles);
+        let panel_blocks = if row_blocks >= threads { 1 } else { (2 * threads).div_ceil(row_blocks).min(panels) };
+        Self { rows, mr, tiles, row_blocks, panels, panel_blocks }
     }
 
     fn len(&self) -> usize {
@@ -114,8 +113,10 @@ impl Cut {
     }
 
     pub(super) fn task(&self, i: usize) -> Task {
-        let (r, p) = (i / self.panel_blocks * self.row_block, i % self.panel_blocks * self.panel_block);
-        Task { rows: r..(r + self.row_block).min(self.rows), panels: p..(p + self.panel_block).min(self.panels) }
+        let part = |all: usize, parts: usize, i: usize| all * i / parts..all * (i + 1) / parts;
+        let tiles = part(self.tiles, self.row_blocks, i / self.panel_blocks);
+        let rows = tiles.start * self.mr..(tiles.end * self.mr).min(self.rows);
+        Task { rows, panels: part(self.panels, self.panel_blocks, i % self.panel_blocks) }
     }
 }
 
@@ -166,7 +167,8 @@ pub(super) unsafe fn multiply(
 ) {
     let (tile, all) = (w.tile, w.tile.format.words(w.inputs));
     let (mr, nr, stride) = (tile.mr, tile.nr, stride(all));
-    let mut sums = [0_u32; TILE_MAX];
+    let rows_max = SUMS / nr / mr * mr;
+    let mut sums = [0_u32; SUMS];
     for k in (0..all).step_by(KC) {
         let k = k..(k + KC).min(all);
         let pass = Pass { first: k.start == 0, last: k.end == all };
@@ -174,21 +176,24 @@ pub(super) unsafe fn multiply(
             let cols = p * nr..((p + 1) * nr).min(w.outputs);
             let next = (p + 1 < task.panels.end).then(|| w.panel(p + 1, k.clone()));
             let next = Next::new(&tile, next, task.rows.len());
-            for first in (0..task.rows.len()).step_by(mr) {
-                let (block, last) = ((&words[first * stride + k.start..], stride), task.rows.len().min(first + mr));
-                let of_task = |row| task.rows.start + row;
+            for part in (0..task.rows.len()).step_by(rows_max) {
+                let part = part..task.rows.len().min(part + rows_max);
+                let of_output = task.rows.start + part.start..task.rows.start + part.end;
                 // SAFETY: the rows and columns lie in the task's rectangle, which the caller vouches for.
-                let mut out = unsafe { Rectangle::new(out, of_task(first)..of_task(last), cols.clone()) };
-                if epilogue == Epilogue::Accumulate || !pass.first {
-                    out.prefetch();
+                let mut out = unsafe { Rectangle::new(out, of_output, cols.clone()) };
+                for first in part.clone().step_by(mr) {
+                    if epilogue == Epilogue::Accumulate || !pass.first {
+                        out.prefetch(first - part.start..part.end.min(first + mr) - part.start);
+                    }
+                    let (block, sums) = (&words[first * stride + k.start..], &mut sums[(first - part.start) * nr..]);
+                    tile.run(k.len(), (block, stride), w.panel(p, k.clone()), (sums, nr), next.of(first));
                 }
-                tile.run(k.len(), block, w.panel(p, k.clone()), (&mut sums, nr), next.of(first));
                 let worth = (tile.format == Format::Int8).then(|| Worth {
-                    rows: &rows[first..last],
+                    rows: &rows[part.clone()],
                     columns: &w.scales[cols.clone()],
                     shifts: w.shifts(k.start, cols.clone()),
                 });
-                finish(isa, (&mut sums, nr), worth, &w.bias[cols.clone()], (epilogue, pass), &mut out);
+                finish(isa, (&sums, nr), worth, &w.bias[cols.clone()], (epilogue, pass), &mut out);
             }
         }
     }

@@ -150,11 +150,11 @@ impl<'a> Rectangle<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.cols) }
     }
 
-    /// Asks for the cache lines of all of it.
+    /// Asks for the cache lines of these rows.
     #[inline]
-    pub(super) fn prefetch(&mut self) {
-        for row in 0..self.rows {
-            self.row(row).chunks(LINE / size_of::<f32>()).for_each(|line| prefetch(line.as_ptr()));
+    pub(super) fn prefetch(&mut self, rows: std::ops::Range<usize>) {
+        for row in rows {
+            self.row(row).chunks(LINE / size_of::<f32>()).for_each(|line| prefetch::<false, _>(line.as_ptr()));
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Operands as the words of the matrix kernel: rows of activations when a product takes them, weights once at load.
 //!
 //! bf16 rounds to nearest, ties to even. Bytes: a weight is `scale[column] * i8`, each column by its largest weight; an
-//! activation is `scale[row] * i8`, each row by its largest value; most instructions multiply u8 by i8, so they get it plus 128.
+//! activation is `scale[row] * (u8 - 128)`, each row by its largest value, for the instructions multiply u8 by i8.
 
 use rayon::prelude::*;
 
@@ -11,10 +11,12 @@ use super::simd::{Isa, dispatch};
 use super::tile::{Format, Tile};
 use crate::Error;
 
-/// The largest quantised value, of either sign.
-const STEPS: f32 = 127.0;
-/// 1.5 * 2^23: adding it rounds to an integer that then stands in the low byte.
-const ROUND_TO_BYTE: f32 = 12_582_912.0;
+/// The largest quantised activation, of either sign; of weights see [`Tile::weight_steps`].
+const ACTIVATION_STEPS: f32 = 127.0;
+/// What is added to an activation's steps, so that they are no less than 0.
+const ACTIVATION_ZERO: i32 = 128;
+/// 1.5 * 2^23 + 128: adding it rounds to an integer, whose sum with 128 then stands in the low byte.
+const ROUND_TO_BYTE: f32 = 12_583_040.0;
 
 #[inline(always)]
 fn bf16(x: f32) -> u32 {
@@ -53,9 +55,8 @@ dispatch! {
 }
 
 #[inline(always)]
-fn byte_words_body<const F: bool>(x: &[f32], (steps, zero): (f32, u8), out: &mut [u32]) {
-    let round = ROUND_TO_BYTE + f32::from(zero);
-    let byte = |x: f32| (x * steps + round).to_bits() & 0xff;
+fn byte_words_body<const F: bool>(x: &[f32], steps: f32, out: &mut [u32]) {
+    let byte = |x: f32| (x * steps + ROUND_TO_BYTE).to_bits() & 0xff;
     let (fours, rest) = x.as_chunks::<4>();
     for (out, [a, b, c, d]) in out.iter_mut().zip(fours) {
         *out = byte(*a) | byte(*b) << 8 | byte(*c) << 16 | byte(*d) << 24;
@@ -66,8 +67,8 @@ fn byte_words_body<const F: bool>(x: &[f32], (steps, zero): (f32, u8), out: &mut
 }
 
 dispatch! {
-    /// Fours of bytes, `x * steps + zero` each; what is missing to the last four meets weights of 0.
-    fn byte_words(x: &[f32], how: (f32, u8), out: &mut [u32]) = byte_words_body
+    /// Fours of bytes, `x * steps + 128` each; what is missing to the last four meets weights of 0.
+    fn byte_words(x: &[f32], steps: f32, out: &mut [u32]) = byte_words_body
 }
 
 #[inline(always)]
@@ -82,12 +83,12 @@ dispatch! {
 }
 
 /// The scale of a row or column, and the steps of a unit; NaN where a value is not finite, so that the product is, too.
-fn scale(isa: Isa, x: &[f32]) -> (f32, f32) {
+fn scale(isa: Isa, x: &[f32], steps: f32) -> (f32, f32) {
     match f32::from_bits(largest(isa, x)) {
         0.0 => (0.0, 0.0),
         // Its steps would be infinite: it is as good as 0.
-        tiny if tiny < STEPS / f32::MAX => (0.0, 0.0),
-        most if most.is_finite() => (most / STEPS, STEPS / most),
+        tiny if tiny < steps / f32::MAX => (0.0, 0.0),
+        most if most.is_finite() => (most / steps, steps / most),
         _ => (f32::NAN, 0.0),
     }
 }
@@ -99,15 +100,14 @@ pub(super) struct Row {
     /// What a unit of the sums is worth.
     pub(super) scale: f32,
     steps: f32,
-    zero: u8,
 }
 
 impl Row {
     /// Looks at the whole row, where that is needed.
     pub(super) fn new(isa: Isa, tile: &Tile, row: &[f32]) -> Self {
-        let Tile { format, zero, .. } = *tile;
-        let (scale, steps) = if format == Format::Int8 { scale(isa, row) } else { (1.0, 1.0) };
-        Self { format, scale, steps, zero }
+        let format = tile.format;
+        let (scale, steps) = if format == Format::Int8 { scale(isa, row, ACTIVATION_STEPS) } else { (1.0, 1.0) };
+        Self { format, scale, steps }
     }
 
     /// The words of a part of it that begins at a word.
@@ -116,7 +116,7 @@ impl Row {
         match self.format {
             Format::F32 => floats(out).copy_from_slice(part),
             Format::Bf16 => bf16_words(isa, part, out),
-            Format::Int8 => byte_words(isa, part, (self.steps, self.zero), out),
+            Format::Int8 => byte_words(isa, part, self.steps, out),
         }
     }
 }
@@ -154,7 +154,7 @@ impl Packed {
         let (nr, words) = (tile.nr, format.words(inputs));
         let mut panels = Aligned::zeroed(outputs.div_ceil(nr) * words * nr)?;
         let columns: Vec<(f32, f32)> = match format {
-            Format::Int8 => weight.par_chunks(inputs).map(|column| scale(isa, column)).collect(),
+            Format::Int8 => weight.par_chunks(inputs).map(|column| scale(isa, column, tile.weight_steps)).collect(),
             Format::F32 | Format::Bf16 => Vec::new(),
         };
         panels.par_chunks_mut(words * nr).enumerate().for_each(|(p, panel)| {
@@ -167,7 +167,7 @@ impl Packed {
         });
         let shift = |pass: usize, (column, (_, steps)): (&[f32], &(f32, f32))| -> i32 {
             let part = column.chunks(KC * format.group()).nth(pass).unwrap_or_default();
-            part.iter().map(|x| i32::from(tile.zero) * i32::from(step(*x, *steps))).sum()
+            part.iter().map(|x| ACTIVATION_ZERO * i32::from(step(*x, *steps))).sum()
         };
         let of_pass = |pass| weight.chunks(inputs).zip(&columns).map(move |column| shift(pass, column));
         let shifts = (0..words.div_ceil(KC)).flat_map(of_pass).collect();

@@ -113,14 +113,14 @@ impl Isa {
     }
 }
 
-/// Asks for the cache line of an address, which may be any.
+/// Asks for the cache line of an address, which may be any: at once, or for later, which leaves L1 to others.
 #[inline(always)]
-pub(super) fn prefetch<T>(p: *const T) {
+pub(super) fn prefetch<const LATER: bool, T>(p: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: every x86-64 has SSE, and a prefetch does nothing where there is no memory.
     unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(p.cast());
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+        if LATER { _mm_prefetch::<_MM_HINT_T1>(p.cast()) } else { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = p;
