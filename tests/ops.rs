@@ -157,6 +157,15 @@ on_every_backend! {
     reruns_are_identical
 }
 
+#[test]
+fn fused_operations_of_bytes_equal_their_parts() {
+    for isa in Isa::available_for(Precision::Int8) {
+        let mut backend = CpuBackend::new(2, isa, Precision::Int8, LIMITS).unwrap();
+        let on = On { name: isa.name().to_owned(), precision: Precision::Int8, storage: Precision::F32 };
+        checks::fused_operations_equal_their_parts(&mut backend, &on);
+    }
+}
+
 fn poisoned<B: Backend>(backend: &B, rows: usize, cols: usize) -> B::Buf {
     backend.upload(rows + SPARE_ROWS, cols, &vec![f32::NAN; (rows + SPARE_ROWS) * cols]).unwrap()
 }

@@ -4,7 +4,7 @@
 //! the model only names them. Rules every operation obeys:
 //!
 //! * matrices are row-major `[rows, cols]`; an operation touches the first `rows` rows only, and never relies on what
-//!   the output held before (except [`Epilogue::Accumulate`], which adds to it);
+//!   the output held before (except [`Epilogue::Accumulate`] and [`Backend::mlp`], which add to it);
 //! * inputs and outputs never alias (the borrow checker sees to it);
 //! * shapes are the caller's promise: a violation is a bug and panics, it is never an `Err`;
 //! * nothing is allocated after loading;
@@ -239,7 +239,8 @@ pub trait Backend: Send {
         self.alloc(rows, cols)
     }
 
-    /// `x += fc2(gelu(fc1(x)))`, of the normed x where there is a norm, which brings room for it.
+    /// `x += fc2(gelu(fc1(x)))`, of the normed x where there is a norm, which brings room for it. `hidden` is [`Self::alloc_hidden`]'s
+    /// with fc1's columns; what it and the norm's room hold afterwards is unsaid.
     fn mlp(
         &mut self,
         x: &mut Self::Buf,

@@ -300,8 +300,10 @@ pub(super) fn rows_are_taken_and_copied<B: Backend>(backend: &mut B, on: &On) {
 
 /// What is fused is what it is made of, to the bit: each part has a test against f64.
 pub(super) fn fused_operations_equal_their_parts<B: Backend>(backend: &mut B, on: &On) {
-    // Around blocks of rows and fewer than threads have tiles; then passes over K in both products.
-    for (rows, cols, between) in [(1, 20, 50), (5, 24, 7), (13, 20, 50), (40, 16, 64), (200, 33, 70), (7, 1030, 1100)] {
+    // Around blocks of rows and fewer than threads have tiles; then passes over K in both products, and of bytes in the second.
+    for (rows, cols, between) in
+        [(1, 20, 50), (5, 24, 7), (13, 20, 50), (40, 16, 64), (200, 33, 70), (7, 1030, 1100), (19, 6, 4100)]
+    {
         let layer = |seed: u64, inputs: usize, outputs: usize| {
             let weight: Vec<f32> = on.values(outputs * inputs, seed).iter().map(|w| w / 16.0).collect();
             backend.linear_weights(&weight, &on.values(outputs, seed + 1), inputs).unwrap()

@@ -56,6 +56,13 @@ impl Absorbed {
     }
 }
 
+impl Absorbed {
+    /// Values of a token.
+    pub(super) fn inputs(&self) -> usize {
+        self.values[0].inputs
+    }
+}
+
 /// Images that are seen: their tokens as keys and values, and room for each thread.
 pub struct Seen {
     tile: Tile,
@@ -110,6 +117,11 @@ impl Seen {
         })
     }
 
+    /// Values of a token.
+    pub(super) fn width(&self) -> usize {
+        self.width
+    }
+
     /// Makes panels of the tokens of each span's image, `tokens [rows, V]`.
     pub(super) fn see(&mut self, isa: Isa, tokens: &[f32], spans: &[Span]) {
         let (tile, width, count) = (self.tile, self.width, self.tokens);
@@ -127,6 +139,7 @@ impl Seen {
 
 /// `out = softmax((q W_k) eᵀ / √d) e W_v + b_v` for each span and head; span i's image is the i-th that was seen.
 pub(super) fn attend(isa: Isa, q: Strided<'_>, spans: &[Span], seen: &Seen, w: &Absorbed, out: &Shared<'_>) {
+    assert!(out.cols().is_multiple_of(w.queries.len()));
     assert_disjoint(spans);
     let threads = seen.rooms.len();
     spans.par_iter().zip(&seen.images).with_max_len(1).for_each(|(span, image)| {

@@ -80,6 +80,7 @@ impl Head {
     /// Room for spans of at most `keys_max` keys and heads of at most `size_max` values. Errors: no memory.
     pub(super) fn new(isa: Isa, format: Format, keys_max: usize, size_max: usize) -> Result<Self, Error> {
         let tile = Tile::new(isa, format);
+        let format = tile.format;
         let (keys, size) = (keys_max.next_multiple_of(tile.nr), size_max.next_multiple_of(tile.nr));
         Ok(Self {
             tile,

@@ -21,14 +21,14 @@ pub(super) trait Dot {
 
 /// Words of f32, on AVX-512, AVX2 and in plain Rust.
 pub(super) struct F32;
-/// Words of two bf16 with sums in f32: by `vdpbf16ps`, or widened to f32.
+/// Words of two bf16 with sums in f32, by `vdpbf16ps`.
+#[cfg(target_arch = "x86_64")]
 pub(super) struct Bf16;
-/// The same by f32 products, where there is no instruction for it.
-pub(super) struct WideBf16;
 /// Words of four bytes, u8 times i8, with sums in i32: by `vpdpbusd`. All implementations give the same sums of the same bytes.
 pub(super) struct Bytes;
 /// The same where there is no instruction for it: by products that are summed in pairs in 16 bits, where those with weights of 7 bits
 /// fit (2 x 255 x 63).
+#[cfg(target_arch = "x86_64")]
 pub(super) struct PairBytes;
 
 /// Four lanes in plain Rust: every target has them, and NEON and SSE map onto them.
@@ -46,14 +46,6 @@ impl Word for F32 {
     fn dot(sum: u32, a: u32, b: u32) -> u32 {
         let [sum, a, b] = [sum, a, b].map(f32::from_bits);
         super::simd::mul_add::<{ cfg!(target_arch = "aarch64") }>(a, b, sum).to_bits()
-    }
-}
-
-impl Word for Bf16 {
-    #[inline(always)]
-    fn dot(sum: u32, a: u32, b: u32) -> u32 {
-        let (low, high) = (|word: u32| f32::from_bits(word << 16), |word: u32| f32::from_bits(word & 0xffff_0000));
-        (f32::from_bits(sum) + low(a) * low(b) + high(a) * high(b)).to_bits()
     }
 }
 
@@ -106,7 +98,7 @@ mod x86 {
     use std::arch::x86_64::*;
     use std::marker::PhantomData;
 
-    use super::{Bf16, Bytes, Dot, F32, PairBytes, WideBf16};
+    use super::{Bf16, Bytes, Dot, F32, PairBytes};
 
     pub(in crate::cpu) struct Avx512<Kind>(PhantomData<Kind>);
     pub(in crate::cpu) struct Avx2<Kind>(PhantomData<Kind>);
@@ -192,15 +184,6 @@ mod x86 {
         _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), a, b))
     });
 
-    dot512!(WideBf16, |sum, a, b| {
-        // What is shared by several words is widened once: the compiler sees to that.
-        let upper = _mm512_set1_epi32(-0x1_0000);
-        let (a_low, b_low) = (_mm512_slli_epi32::<16>(a), _mm512_slli_epi32::<16>(b));
-        let (a_high, b_high) = (_mm512_and_si512(a, upper), _mm512_and_si512(b, upper));
-        let sum = _mm512_fmadd_ps(_mm512_castsi512_ps(a_low), _mm512_castsi512_ps(b_low), _mm512_castsi512_ps(sum));
-        _mm512_castps_si512(_mm512_fmadd_ps(_mm512_castsi512_ps(a_high), _mm512_castsi512_ps(b_high), sum))
-    });
-
     dot512!(Bytes, |sum, a, b| _mm512_dpbusd_epi32(sum, a, b));
 
     dot512!(PairBytes, |sum, a, b| {
@@ -210,15 +193,6 @@ mod x86 {
     dot256!(F32, |sum, a, b| {
         let (a, b, sum) = (_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), _mm256_castsi256_ps(sum));
         _mm256_castps_si256(_mm256_fmadd_ps(a, b, sum))
-    });
-
-    dot256!(WideBf16, |sum, a, b| {
-        // What is shared by several words is widened once: the compiler sees to that.
-        let upper = _mm256_set1_epi32(-0x1_0000);
-        let (a_low, b_low) = (_mm256_slli_epi32::<16>(a), _mm256_slli_epi32::<16>(b));
-        let (a_high, b_high) = (_mm256_and_si256(a, upper), _mm256_and_si256(b, upper));
-        let sum = _mm256_fmadd_ps(_mm256_castsi256_ps(a_low), _mm256_castsi256_ps(b_low), _mm256_castsi256_ps(sum));
-        _mm256_castps_si256(_mm256_fmadd_ps(_mm256_castsi256_ps(a_high), _mm256_castsi256_ps(b_high), sum))
     });
 
     dot256!(Bytes, |sum, a, b| _mm256_dpbusd_avx_epi32(sum, a, b));

@@ -24,16 +24,18 @@ use super::tile::{Format, Next, Tile};
 use crate::Error;
 use crate::backend::Epilogue;
 
-/// Words of a row per pass: with MC = 96 rows the block is 400 kB and a panel of 64 columns 256 kB, together within 1 MB of L2.
+/// Words of a row per pass: with MC = 96 rows that is 400 kB of the block, and a panel of 64 columns 256 kB, together within 1 MB of L2.
 pub(super) const KC: usize = 1024;
 /// Most rows of a task.
 pub(super) const MC: usize = 96;
 /// Sums that are made before they go to the output: so many that it costs little to call for it, so few that they stay in L1.
 const SUMS: usize = 2048;
+/// Tiles for each thread that make one more or less of them no matter.
+pub(super) const ENOUGH_TILES: usize = 4;
 /// Words added to the stride of the block so that its rows do not fall on the same L1 sets.
 const PAD: usize = 16;
 /// Rows that a tile may read beyond a task's.
-const TILE_ROWS_MAX: usize = 6;
+pub(super) const TILE_ROWS_MAX: usize = 6;
 
 /// Words from row to row of a block.
 pub(super) fn stride(words: usize) -> usize {
@@ -44,19 +46,23 @@ pub(super) fn stride(words: usize) -> usize {
 pub(super) struct Block {
     pub(super) words: Aligned<u32>,
     pub(super) rows: Vec<Row>,
+    /// A panel that is not stored as the tile takes it.
+    pub(super) panel: Aligned<u32>,
     normed: Aligned,
 }
 
 impl Block {
     /// No room yet.
     pub(super) fn new() -> Result<Self, Error> {
-        Ok(Self { words: Aligned::zeroed(0)?, rows: Vec::with_capacity(MC), normed: Aligned::zeroed(0)? })
+        let (words, panel, normed) = (Aligned::zeroed(0)?, Aligned::zeroed(0)?, Aligned::zeroed(0)?);
+        Ok(Self { words, rows: Vec::with_capacity(MC), panel, normed })
     }
 
-    /// Sees to room for rows of `inputs` values. Errors: no memory.
-    pub(super) fn reserve(&mut self, inputs: usize) -> Result<(), Error> {
-        self.words.reserve((MC + TILE_ROWS_MAX) * stride(inputs))?;
-        self.normed.reserve(inputs)
+    /// Sees to room for what is multiplied with these weights. Errors: no memory.
+    pub(super) fn reserve(&mut self, w: &Packed) -> Result<(), Error> {
+        self.words.reserve((MC + TILE_ROWS_MAX) * stride(w.tile.format.words(w.inputs)))?;
+        self.panel.reserve(w.room())?;
+        self.normed.reserve(w.inputs)
     }
 
     /// Makes words of `rows` rows.
@@ -89,8 +95,8 @@ pub(super) struct Task {
     pub(super) panels: Range<usize>,
 }
 
-/// Cuts the output into tasks: by rows, and where these are too few for the threads, by panels too. All tasks are alike but for a tile
-/// or a panel, and as many for each thread, so that none waits for others at the end.
+/// Cuts the output into tasks that are alike but for a tile or a panel, so that no thread waits for others at the end: by rows, and
+/// where these are too few for that, by panels too.
 pub(super) struct Cut {
     rows: usize,
     mr: usize,
@@ -100,11 +106,21 @@ pub(super) struct Cut {
     panel_blocks: usize,
 }
 
+/// Whether so many tiles can be shared out without one thread having much more to do than another.
+pub(super) fn rows_suffice(tiles: usize, threads: usize) -> bool {
+    tiles > 0 && (tiles.is_multiple_of(threads) || tiles >= ENOUGH_TILES * threads)
+}
+
 impl Cut {
     pub(super) fn new(rows: usize, mr: usize, panels: usize, threads: usize) -> Self {
         let tiles = rows.div_ceil(mr);
         let row_blocks = tiles.div_ceil(MC / mr).next_multiple_of(threads).min(tiles);
-        let panel_blocks = if row_blocks >= threads { 1 } else { (2 * threads).div_ceil(row_blocks).min(panels) };
+        let (row_blocks, panel_blocks) = if rows_suffice(tiles, threads) {
+            (row_blocks, 1)
+        } else {
+            let row_blocks = tiles.div_ceil(MC / mr);
+            (row_blocks, (4 * threads).div_ceil(row_blocks).min(panels))
+        };
         Self { rows, mr, tiles, row_blocks, panels, panel_blocks }
     }
 
@@ -142,8 +158,9 @@ pub(super) fn linear(
     (0..cut.len()).into_par_iter().with_max_len(1).for_each(|i| {
         let (task, mut block) = (cut.task(i), own(blocks));
         block.take(isa, &w.tile, task.rows.clone(), |row| &x[row * w.inputs..][..w.inputs], norm);
+        let Block { words, rows, panel, .. } = &mut *block;
         // SAFETY: tasks partition rows x panels, so no two of them have the same element of the output.
-        unsafe { multiply(isa, (&block.words, &block.rows), w, epilogue, &output, &task) };
+        unsafe { multiply(isa, (words, rows, panel), w, epilogue, &output, &task) };
     });
 }
 
@@ -159,7 +176,7 @@ pub(super) fn own<T>(rooms: &[Mutex<T>]) -> std::sync::MutexGuard<'_, T> {
 /// No other thread may hold any of the rectangle's elements.
 pub(super) unsafe fn multiply(
     isa: Isa,
-    (words, rows): (&[u32], &[Row]),
+    (words, rows, room): (&[u32], &[Row], &mut [u32]),
     w: &Packed,
     epilogue: Epilogue,
     out: &Shared<'_>,
@@ -174,8 +191,9 @@ pub(super) unsafe fn multiply(
         let pass = Pass { first: k.start == 0, last: k.end == all };
         for p in task.panels.clone() {
             let cols = p * nr..((p + 1) * nr).min(w.outputs);
-            let next = (p + 1 < task.panels.end).then(|| w.panel(p + 1, k.clone()));
-            let next = Next::new(&tile, next, task.rows.len());
+            let next = (p + 1 < task.panels.end).then(|| w.stored(p + 1, k.clone()));
+            let next = Next::new(&tile, k.len(), next, task.rows.len());
+            let panel = w.panel(isa, p, k.clone(), room);
             for part in (0..task.rows.len()).step_by(rows_max) {
                 let part = part..task.rows.len().min(part + rows_max);
                 let of_output = task.rows.start + part.start..task.rows.start + part.end;
@@ -186,7 +204,7 @@ pub(super) unsafe fn multiply(
                         out.prefetch(first - part.start..part.end.min(first + mr) - part.start);
                     }
                     let (block, sums) = (&words[first * stride + k.start..], &mut sums[(first - part.start) * nr..]);
-                    tile.run(k.len(), (block, stride), w.panel(p, k.clone()), (sums, nr), next.of(first));
+                    tile.run(k.len(), (block, stride), panel, (sums, nr), next.of(first));
                 }
                 let worth = (tile.format == Format::Int8).then(|| Worth {
                     rows: &rows[part.clone()],

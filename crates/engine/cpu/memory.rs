@@ -87,7 +87,7 @@ pub(super) struct Shared<'a> {
 }
 
 // SAFETY: the pointer comes from a `&mut [f32]` that is borrowed for as long as this lives; tasks reach it only through
-// [`Shared::row`], whose callers promise that no two of them have the same element.
+// [`Shared::row`] and [`Rectangle::new`], whose callers promise that no two of them have the same element.
 unsafe impl Sync for Shared<'_> {}
 
 impl<'a> Shared<'a> {

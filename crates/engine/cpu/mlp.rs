@@ -6,16 +6,13 @@ use std::sync::Mutex;
 use rayon::prelude::*;
 
 use super::Norm;
-use super::gemm::{Block, Cut, MC, Task, multiply, own, stride};
+use super::gemm::{Block, Cut, ENOUGH_TILES, MC, TILE_ROWS_MAX, Task, multiply, own, rows_suffice, stride};
 use super::memory::{Aligned, Shared, floats, floats_of};
 use super::pack::Packed;
 use super::simd::Isa;
 use super::tile::Format;
 use crate::Error;
 use crate::backend::Epilogue;
-
-/// Rows that a tile may read beyond a task's.
-const TILE_ROWS_MAX: usize = 6;
 
 /// Per-thread room for what is between the products.
 pub(super) struct Hidden(Aligned<u32>);
@@ -34,12 +31,12 @@ impl Hidden {
 
 /// Whether there are rows for all threads: otherwise the panels must be shared out, which one product at a time can.
 pub(super) fn fits(rows: usize, fc1: &Packed, threads: usize) -> bool {
-    rows > 0 && Cut::new(rows, fc1.tile.mr, 1, threads).row_blocks >= threads
+    rows_suffice(rows.div_ceil(fc1.tile.mr), threads)
 }
 
 /// Most rows that do not fit.
 pub(super) fn rows_alone(threads: usize) -> usize {
-    threads * TILE_ROWS_MAX
+    ENOUGH_TILES * threads * TILE_ROWS_MAX
 }
 
 /// Does it on `x [rows, fc1.inputs]`; runs on the current rayon pool, of which `rooms` have one entry per thread.
@@ -62,17 +59,19 @@ pub(super) fn mlp(
         {
             let between = Shared::new(&mut floats(hidden)[..rows.len() * hidden_cols], hidden_cols);
             let task = Task { rows: 0..rows.len(), panels: 0..fc1.panels() };
+            let Block { words, rows, panel, .. } = &mut *block;
             // SAFETY: the room is this thread's.
-            unsafe { multiply(isa, (&block.words, &block.rows), fc1, Epilogue::Gelu, &between, &task) };
+            unsafe { multiply(isa, (words, rows, panel), fc1, Epilogue::Gelu, &between, &task) };
         }
         let row_of = |row: usize| &floats_of(hidden)[row * hidden_cols..][..fc2.inputs];
         if fc2.tile.format != Format::F32 {
             block.take(isa, &fc2.tile, 0..rows.len(), row_of, None);
         }
         // As f32 they are words already, with the stride of a block.
-        let words = if fc2.tile.format == Format::F32 { &*hidden } else { &block.words };
+        let Block { words, rows: of_block, panel, .. } = &mut *block;
+        let words = if fc2.tile.format == Format::F32 { &*hidden } else { words };
         let task = Task { rows, panels: 0..fc2.panels() };
         // SAFETY: the rows of a task are no other's.
-        unsafe { multiply(isa, (words, &block.rows), fc2, Epilogue::Accumulate, &x, &task) };
+        unsafe { multiply(isa, (words, of_block, panel), fc2, Epilogue::Accumulate, &x, &task) };
     });
 }

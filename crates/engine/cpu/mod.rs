@@ -78,6 +78,12 @@ impl CpuBackend {
         Ok(Self { isa, precision, pool: Some(pool), threads, blocks, hiddens, heads })
     }
 
+    /// Like the layers that make keys and values, or a score would depend on which of the two ways was the faster one.
+    fn absorbed_tile(&self) -> tile::Tile {
+        let format = if self.precision == Precision::F32 { Format::F32 } else { Format::Bf16 };
+        tile::Tile::new(self.isa, format)
+    }
+
     fn rows_per_task(&self, rows: usize) -> usize {
         rows.div_ceil(4 * self.threads).max(ROWS_PER_TASK)
     }
@@ -118,10 +124,11 @@ impl Backend for CpuBackend {
             (Care::Sensitive, Format::Int8) => Format::Bf16,
             (_, format) => format,
         };
+        let packed = pack::Packed::new(self.isa, format, weight, bias, inputs)?;
         for block in &self.blocks {
-            block.lock().expect("nothing runs while weights are loaded").reserve(inputs)?;
+            block.lock().expect("nothing runs while weights are loaded").reserve(&packed)?;
         }
-        pack::Packed::new(self.isa, format, weight, bias, inputs)
+        Ok(packed)
     }
 
     fn norm_weights(&self, gain: &[f32], bias: &[f32], eps: f32) -> Result<Self::Norm, Error> {
@@ -225,8 +232,9 @@ impl Backend for CpuBackend {
         hidden: &mut Self::Buf,
     ) {
         let norm = norm.map(|(norm, _)| norm);
+        assert!(x.cols == fc1.inputs && hidden.cols == fc1.outputs);
+        assert!(norm.is_none_or(|norm| norm.gain.len() == x.cols));
         if mlp::fits(rows, fc1, self.threads) {
-            assert!(x.cols == fc1.inputs);
             mlp::mlp(self.isa, (&self.blocks, &self.hiddens), norm, [fc1, fc2], x.head_mut(rows));
         } else {
             gemm::linear(self.isa, &self.blocks, (x.head(rows), norm), fc1, Epilogue::Gelu, hidden.head_mut(rows));
@@ -258,12 +266,12 @@ impl Backend for CpuBackend {
         value: (&[f32], &[f32]),
         (inputs, heads): (usize, usize),
     ) -> Result<Option<Self::Absorbed>, Error> {
-        let how = (self.isa, attention_format(self.isa, self.precision));
-        absorbed::Absorbed::new(how, key, value, (inputs, heads)).map(Some)
+        let format = self.absorbed_tile().format;
+        absorbed::Absorbed::new((self.isa, format), key, value, (inputs, heads)).map(Some)
     }
 
     fn alloc_seen(&self, images: Images, head_size: usize) -> Result<Option<Self::Seen>, Error> {
-        let tile = tile::Tile::new(self.isa, attention_format(self.isa, self.precision));
+        let tile = self.absorbed_tile();
         absorbed::Seen::new(tile, (images.count, images.tokens, images.width, head_size), self.threads).map(Some)
     }
 
@@ -273,6 +281,7 @@ impl Backend for CpuBackend {
         if rows >= spans.len() * head_size {
             return false;
         }
+        assert_eq!(images.cols, seen.width());
         let tokens = spans.iter().map(|span| span.kv + span.kv_len).max().unwrap_or(0);
         seen.see(self.isa, images.head(tokens), spans);
         true
@@ -286,6 +295,7 @@ impl Backend for CpuBackend {
         w: &Self::Absorbed,
         out: &mut Self::Buf,
     ) {
+        assert!(q.cols == out.cols && w.inputs() == seen.width());
         let (rows, cols) = (spans.iter().map(|s| s.q + s.q_len).max().unwrap_or(0), out.cols);
         let q = strided(Columns { buf: q, first: 0 }, rows);
         absorbed::attend(self.isa, q, spans, seen, w, &memory::Shared::new(out.head_mut(rows), cols));
@@ -334,9 +344,9 @@ fn product_format(precision: Precision) -> Format {
 
 /// Of the products of queries, keys and values: bf16 where that is meant or is faster.
 fn attention_format(isa: Isa, precision: Precision) -> Format {
-    match product_format(precision) {
-        Format::Int8 if isa.level() < simd::Level::Avx512Bf16 => Format::F32,
-        Format::F32 => Format::F32,
-        Format::Bf16 | Format::Int8 => Format::Bf16,
+    match precision {
+        Precision::Int8 if isa.level() >= simd::Level::Avx512Bf16 => Format::Bf16,
+        Precision::Int8 => Format::F32,
+        _ => product_format(precision),
     }
 }

@@ -43,6 +43,31 @@ dispatch! {
 }
 
 #[inline(always)]
+fn wide_bf16_words_body<const F: bool>(x: &[f32], out: &mut [u32]) {
+    out.iter_mut().zip(x).for_each(|(out, x)| *out = bf16(*x) << 16);
+}
+
+dispatch! {
+    /// bf16 as the f32 that they are.
+    fn wide_bf16_words(x: &[f32], out: &mut [u32]) = wide_bf16_words_body
+}
+
+#[inline(always)]
+fn widen_body<const F: bool>(panel: &[u32], nr: usize, out: &mut [u32]) {
+    for (words, rows) in panel.chunks_exact(nr).zip(out.chunks_exact_mut(2 * nr)) {
+        let (low, high) = rows.split_at_mut(nr);
+        for ((word, low), high) in words.iter().zip(low).zip(high) {
+            (*low, *high) = (word << 16, word & 0xffff_0000);
+        }
+    }
+}
+
+dispatch! {
+    /// A panel of pairs of bf16 as one of f32.
+    fn widen(panel: &[u32], nr: usize, out: &mut [u32]) = widen_body
+}
+
+#[inline(always)]
 fn bf16_columns_body<const F: bool>(low: &[f32], high: &[f32], out: &mut [u32]) {
     for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
         *out = bf16(*low) | bf16(*high) << 16;
@@ -110,22 +135,24 @@ impl Row {
         Self { format, scale, steps }
     }
 
-    /// The words of a part of it that begins at a word.
+    /// Its words.
     pub(super) fn words(&self, isa: Isa, part: &[f32], out: &mut [u32]) {
         assert_eq!(out.len(), self.format.words(part.len()));
         match self.format {
             Format::F32 => floats(out).copy_from_slice(part),
             Format::Bf16 => bf16_words(isa, part, out),
+            Format::WideBf16 => wide_bf16_words(isa, part, out),
             Format::Int8 => byte_words(isa, part, self.steps, out),
         }
     }
 }
 
-/// Rows that follow each other along K, as the words of a panel: f32 and bf16 only.
+/// Rows that follow each other along K, as the words of a panel: not of bytes.
 pub(super) fn columns<'a>(isa: Isa, format: Format, mut rows: impl Iterator<Item = &'a [f32]>, out: &mut [u32]) {
     let first = rows.next().expect("a word has a value");
     match (format, rows.next()) {
         (Format::F32, None) => floats(out).copy_from_slice(first),
+        (Format::WideBf16, None) => wide_bf16_words(isa, first, out),
         (Format::Bf16, Some(second)) => bf16_columns(isa, first, second, out),
         (Format::Bf16, None) => first.iter().zip(out).for_each(|(value, out)| *out = bf16(*value)),
         _ => unreachable!("a word of {format:?} has as many values as its group"),
@@ -135,6 +162,8 @@ pub(super) fn columns<'a>(isa: Isa, format: Format, mut rows: impl Iterator<Item
 /// A linear layer's weight in panels `[outputs / NR][words][NR]`, filled up with zeros, and its bias.
 pub struct Packed {
     pub(super) tile: Tile,
+    /// Of the panels: bf16 is stored as such, whatever the tile takes.
+    stored: Format,
     panels: Aligned<u32>,
     pub(super) bias: Vec<f32>,
     /// Of bytes: what a unit of each column's sums is worth, and for each pass over K what the activations' zero adds to the sums.
@@ -155,7 +184,7 @@ impl Packed {
         let mut panels = Aligned::zeroed(outputs.div_ceil(nr) * words * nr)?;
         let columns: Vec<(f32, f32)> = match format {
             Format::Int8 => weight.par_chunks(inputs).map(|column| scale(isa, column, tile.weight_steps)).collect(),
-            Format::F32 | Format::Bf16 => Vec::new(),
+            Format::F32 | Format::Bf16 | Format::WideBf16 => Vec::new(),
         };
         panels.par_chunks_mut(words * nr).enumerate().for_each(|(p, panel)| {
             for (lane, row) in weight[p * nr * inputs..].chunks(inputs).take(nr).enumerate() {
@@ -172,17 +201,40 @@ impl Packed {
         let of_pass = |pass| weight.chunks(inputs).zip(&columns).map(move |column| shift(pass, column));
         let shifts = (0..words.div_ceil(KC)).flat_map(of_pass).collect();
         let scales = columns.iter().map(|(scale, _)| *scale).collect();
-        Ok(Self { tile, panels, bias: bias.to_vec(), scales, shifts, inputs, outputs })
+        Ok(Self { tile, stored: format, panels, bias: bias.to_vec(), scales, shifts, inputs, outputs })
     }
 
-    /// These words of a panel.
-    pub(super) fn panel(&self, p: usize, words: std::ops::Range<usize>) -> &[u32] {
-        let start = p * self.tile.format.words(self.inputs);
-        &self.panels[(start + words.start) * self.tile.nr..(start + words.end) * self.tile.nr]
+    /// These words of a panel, as it is stored.
+    pub(super) fn stored(&self, p: usize, words: std::ops::Range<usize>) -> &[u32] {
+        let (start, shared) = (p * self.stored.words(self.inputs), self.stored.group() / self.tile.format.group());
+        let words = start + words.start / shared..start + words.end.div_ceil(shared);
+        &self.panels[words.start * self.tile.nr..words.end * self.tile.nr]
     }
 
-    /// All panels, one after the other.
+    /// These words of a panel, as the tile takes them: in `room` where they are stored otherwise.
+    pub(super) fn panel<'a>(
+        &'a self,
+        isa: Isa,
+        p: usize,
+        words: std::ops::Range<usize>,
+        room: &'a mut [u32],
+    ) -> &'a [u32] {
+        let stored = self.stored(p, words);
+        if self.stored == self.tile.format {
+            return stored;
+        }
+        widen(isa, stored, self.tile.nr, room);
+        room
+    }
+
+    /// Words that [`Self::panel`] needs room for.
+    pub(super) fn room(&self) -> usize {
+        if self.stored == self.tile.format { 0 } else { KC * self.tile.nr }
+    }
+
+    /// All panels, one after the other, of a format that is stored as the tile takes it.
     pub(super) fn all(&self) -> &[u32] {
+        assert!(self.stored == self.tile.format);
         &self.panels
     }
 
@@ -205,6 +257,7 @@ fn word(format: Format, values: &[f32], steps: f32) -> u32 {
     let bits = |x: &f32| match format {
         Format::F32 => x.to_bits(),
         Format::Bf16 => bf16(*x),
+        Format::WideBf16 => bf16(*x) << 16,
         Format::Int8 => u32::from(step(*x, steps).cast_unsigned()),
     };
     let width = u32::BITS / format.group() as u32;

@@ -4,8 +4,8 @@
 //! is says the [`Format`], see [`super::dot`].
 
 #[cfg(target_arch = "x86_64")]
-use super::dot::{Avx2, Avx512, PairBytes, WideBf16};
-use super::dot::{Bf16, Bytes, Dot, F32, Portable};
+use super::dot::{Avx2, Avx512, Bf16, PairBytes};
+use super::dot::{Bytes, Dot, F32, Portable};
 use super::simd::{Isa, Level, prefetch};
 
 /// What the operands of a product are.
@@ -15,6 +15,8 @@ pub(super) enum Format {
     F32,
     /// bf16, summed in f32.
     Bf16,
+    /// The same as words of f32, which kernels take where there is no instruction for bf16.
+    WideBf16,
     /// u8 activations and i8 weights, summed in i32.
     Int8,
 }
@@ -23,7 +25,7 @@ impl Format {
     /// Values of a word.
     pub(super) const fn group(self) -> usize {
         match self {
-            Self::F32 => 1,
+            Self::F32 | Self::WideBf16 => 1,
             Self::Bf16 => 2,
             Self::Int8 => 4,
         }
@@ -145,13 +147,10 @@ unsafe fn chains_body<D: Dot>(rounds: usize) {
     }
 }
 
-/// The kernel `$dot` compiled for `$features`, and the products that bound it, `$peak` where they are not its own: as many rows and columns as fit in the registers beside a panel's row, a broadcast
-/// and what widening takes.
+/// The kernel `$dot` compiled for `$features`: as many rows and columns as fit in the registers beside a panel's row and a
+/// broadcast.
 macro_rules! tile {
-    ($format:expr, $dot:ty, $mr:literal x $vectors:literal x $unroll:literal $(, $features:literal)?) => {
-        tile!($format, $dot, $mr x $vectors x $unroll, peak $dot as $format $(, $features)?)
-    };
-    ($format:expr, $dot:ty, $mr:literal x $vectors:literal x $unroll:literal, peak $peak:ty as $peak_format:expr $(, $features:literal)?) => {{
+    ($format:expr, $dot:ty, $mr:literal x $vectors:literal x $unroll:literal $(, $features:literal)?) => {{
         $(#[target_feature(enable = $features)])?
         #[allow(clippy::too_many_arguments, reason = "a kernel's, see `Run`")]
         unsafe fn run(
@@ -170,9 +169,9 @@ macro_rules! tile {
         $(#[target_feature(enable = $features)])?
         unsafe fn chains(rounds: usize) {
             // SAFETY: passed on to the caller, see `chains_body`.
-            unsafe { chains_body::<$peak>(rounds) }
+            unsafe { chains_body::<$dot>(rounds) }
         }
-        let chain_values = <$peak>::LANES * $peak_format.group();
+        let chain_values = <$dot>::LANES * $format.group();
         Tile {
             mr: $mr,
             nr: $vectors * <$dot>::LANES,
@@ -196,14 +195,15 @@ pub(super) struct Next {
 }
 
 impl Next {
-    /// A panel of as many words as the one before, for a block of `rows` rows.
-    pub(super) fn new(tile: &Tile, panel: Option<&[u32]>, rows: usize) -> Self {
-        let Some(panel) = panel else { return Self { start: std::ptr::null(), row: 0, step: 0 } };
+    /// A panel as wide as the one before, for a block of `rows` rows and tiles of `words` words.
+    pub(super) fn new(tile: &Tile, words: usize, panel: Option<&[u32]>, rows: usize) -> Self {
+        // Where none comes, what is there already: an address without memory would be looked for again and again.
+        let Some(panel) = panel else { return Self { start: std::ptr::from_ref(tile).cast(), row: 0, step: 0 } };
         let tiles = rows.div_ceil(tile.mr);
         Self {
             start: panel.as_ptr(),
             row: panel.len() / (tiles * tile.mr),
-            step: (tile.unroll * tile.nr).div_ceil(tiles),
+            step: (panel.len() * tile.unroll).div_ceil(tiles * words),
         }
     }
 
@@ -225,21 +225,15 @@ impl Tile {
         let level = isa.level();
         match format {
             #[cfg(target_arch = "x86_64")]
-            Format::F32 if level >= Level::Avx512 => tile!(format, Avx512<F32>, 6 x 4 x 4, "avx512f"),
-            #[cfg(target_arch = "x86_64")]
-            Format::F32 if level >= Level::Avx2 => tile!(format, Avx2<F32>, 6 x 2 x 4, "avx2,fma"),
-            Format::F32 => tile!(format, Portable<F32>, 4 x 2 x 4),
-            #[cfg(target_arch = "x86_64")]
             Format::Bf16 if level >= Level::Avx512Bf16 => tile!(format, Avx512<Bf16>, 6 x 4 x 4, "avx512f,avx512bf16"),
+            Format::Bf16 => Self::new(isa, Format::WideBf16),
             #[cfg(target_arch = "x86_64")]
-            Format::Bf16 if level >= Level::Avx512 => {
-                tile!(format, Avx512<WideBf16>, 6 x 2 x 4, peak Avx512<F32> as Format::F32, "avx512f")
+            Format::F32 | Format::WideBf16 if level >= Level::Avx512 => {
+                tile!(format, Avx512<F32>, 6 x 4 x 4, "avx512f")
             }
             #[cfg(target_arch = "x86_64")]
-            Format::Bf16 if level >= Level::Avx2 => {
-                tile!(format, Avx2<WideBf16>, 4 x 2 x 4, peak Avx2<F32> as Format::F32, "avx2,fma")
-            }
-            Format::Bf16 => tile!(format, Portable<Bf16>, 4 x 2 x 4),
+            Format::F32 | Format::WideBf16 if level >= Level::Avx2 => tile!(format, Avx2<F32>, 6 x 2 x 4, "avx2,fma"),
+            Format::F32 | Format::WideBf16 => tile!(format, Portable<F32>, 4 x 2 x 4),
             #[cfg(target_arch = "x86_64")]
             Format::Int8 if level >= Level::Avx512Vnni => tile!(format, Avx512<Bytes>, 6 x 4 x 4, "avx512f,avx512vnni"),
             // Of these one step at a time: the compiler would add up several before the sum, and run out of registers.
@@ -274,7 +268,7 @@ impl Tile {
     ) {
         let size = words * self.nr;
         for (p, panel) in panels.chunks_exact(size).enumerate() {
-            let next = Next::new(self, panels[p * size..].get(size..2 * size), rows);
+            let next = Next::new(self, words, panels[p * size..].get(size..2 * size), rows);
             for first in (0..rows).step_by(self.mr) {
                 let c = &mut c[first * ldc + p * self.nr..];
                 self.run(words, (&a[first * lda..], lda), panel, (c, ldc), next.of(first));

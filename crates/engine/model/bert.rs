@@ -69,7 +69,7 @@ pub(super) struct Bert<B: Backend> {
     context: B::Buf,
     /// `[R, 3 T]`: q, k, v
     qkv: B::Buf,
-    /// `[R, G]`
+    /// `[R, G]`, or less: the backend's
     hidden: B::Buf,
 }
 
@@ -110,17 +110,14 @@ impl<B: Backend> Bert<B> {
         let image = ["key", "value"].map(|x| part(&format!("crossattention.self.{x}")));
         // A fiftieth of the operations.
         let text = Care::Sensitive;
-        let weight = |name: &str| loader.read(&format!("{name}.weight"), &[t, images.width]);
-        let (key, value) = (weight(&image[0])?, weight(&image[1])?);
-        let value = (&*value, &*loader.read(&format!("{}.bias", image[1]), &[t])?);
-        let absorbed = loader.backend.absorbed_weights(&key, value, (images.width, config.heads))?;
+        let absorbed = if images.count == 0 { None } else { Self::absorbed(loader, config, &image, images.width)? };
         Ok(Layer {
             absorbed,
             qkv: loader.fused(text, &own.each_ref().map(String::as_str), t, t)?,
             output: loader.linear(text, &part("attention.output.dense"), t, t)?,
             output_norm: loader.norm(&part("attention.output.LayerNorm"), t, config.eps)?,
             cross_query: loader.linear(text, &part("crossattention.self.query"), t, t)?,
-            // Or a score would depend on whether this or what is absorbed is the faster way for the pairs beside it.
+            // As careful as what is absorbed: which of the two it is depends on the pairs beside it.
             cross_kv: loader.fused(text, &image.each_ref().map(String::as_str), t, images.width)?,
             cross_output: loader.linear(text, &part("crossattention.output.dense"), t, t)?,
             cross_norm: loader.norm(&part("crossattention.output.LayerNorm"), t, config.eps)?,
@@ -128,6 +125,17 @@ impl<B: Backend> Bert<B> {
             fc2: loader.linear(text, &part("output.dense"), t, g)?,
             mlp_norm: loader.norm(&part("output.LayerNorm"), t, config.eps)?,
         })
+    }
+
+    fn absorbed(
+        loader: &Loader<'_, B>,
+        config: &TextConfig,
+        [key, value]: &[String; 2],
+        image_width: usize,
+    ) -> Result<Option<B::Absorbed>, Error> {
+        let weight = |name: &str| loader.read(&format!("{name}.weight"), &[config.hidden, image_width]);
+        let (key, bias) = (weight(key)?, loader.read(&format!("{value}.bias"), &[config.hidden])?);
+        loader.backend.absorbed_weights(&key, (&weight(value)?, &bias), (image_width, config.heads))
     }
 
     /// Encodes packed rows that see `image_embeds [B * N, V]`; the result, [`Self::output`], is `[R, T]`.

@@ -28,13 +28,13 @@ pub(super) struct Vit<B: Backend> {
     pixels: B::Buf,
     /// `[B * N, V]`: the residual stream
     x: B::Buf,
-    /// `[B * N, V]`: normed rows, then attention output
+    /// `[B * N, V]`: room for normed rows, at last the result
     normed: B::Buf,
     /// `[B * N, V]`
     context: B::Buf,
     /// `[B * N, 3 V]`: q, k, v
     qkv: B::Buf,
-    /// `[B * N, F]`
+    /// `[B * N, F]`, or less: the backend's
     hidden: B::Buf,
 }
 
