@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "capsieve"
+matplotlib.rcParams.update({"svg.hashsalt": "capsieve", "svg.fonttype": "none"})
 import matplotlib.pyplot as plt  # noqa: E402
 from compare import precision_of  # noqa: E402
 

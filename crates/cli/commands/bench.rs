@@ -55,7 +55,7 @@ fn table(report: &BenchReport) -> String {
         ),
         ("peak memory", memory),
     ]);
-    summary + &stages(&report.stages)
+    summary + &stages(report)
 }
 
 fn preparation(report: &PreparationReport) -> String {
@@ -72,13 +72,21 @@ fn rate(gflops: f64) -> String {
 }
 
 /// Where the time of a batch goes.
-fn stages(stages: &[StageReport]) -> String {
+fn stages(BenchReport { stages, ceiling_gflops, .. }: &BenchReport) -> String {
     let total: f64 = stages.iter().map(|stage| stage.milliseconds).sum();
-    let mut table = format!("\n{:<40} {:>6} {:>11} {:>6}\n", "operations of a batch", "calls", "ms", "share");
+    let mut table = format!(
+        "\n{:<56} {:>6} {:>11} {:>6}  {}\n",
+        "operations of a batch", "calls", "ms", "share", "of what can be reached"
+    );
     for stage in stages {
         let StageReport { name, calls, milliseconds, gflops } = stage;
-        let (share, rate) = (100.0 * milliseconds / total, if *gflops > 0.0 { rate(*gflops) } else { String::new() });
-        let line = format!("{name:<40} {calls:>6} {milliseconds:>11.3} {share:>5.1}% {rate}");
+        let share = 100.0 * milliseconds / total;
+        let reached = if *gflops > 0.0 {
+            format!("{:>3.0}%: {}", 100.0 * gflops / ceiling_gflops, rate(*gflops))
+        } else {
+            String::new()
+        };
+        let line = format!("{name:<56} {calls:>6} {milliseconds:>11.3} {share:>5.1}%  {reached}");
         table += line.trim_end();
         table.push('\n');
     }
