@@ -51,7 +51,7 @@ fn products(backend: &mut CpuBackend, peak: f64) {
 
 fn mlp(backend: &mut CpuBackend, peak: f64) {
     let (width, between) = (1024, 4096);
-    let mut layer = |outputs: usize, inputs: usize| {
+    let layer = |outputs: usize, inputs: usize| {
         let weight: Vec<f32> = values(outputs * inputs).iter().map(|w| w / 32.0).collect();
         backend.linear_weights(&weight, &vec![0.0; outputs], inputs).unwrap()
     };

@@ -312,7 +312,8 @@ pub(super) fn fused_operations_equal_their_parts<B: Backend>(backend: &mut B, on
         let norm = backend.norm_weights(&on.values(cols, 5), &on.values(cols, 6), 1e-5).unwrap();
         let x = on.values(rows * cols, 7);
         let matrix = |backend: &B| backend.upload(rows, cols, &x).unwrap();
-        for normed in [false, true] {
+        // Cards norm rows of up to 1024.
+        for normed in [false, cols <= 1024] {
             let (mut got, mut want, mut product) = (matrix(backend), matrix(backend), poisoned(backend, rows, between));
             let (mut room, mut parts) = (poisoned(backend, rows, cols), poisoned(backend, rows, between));
             let mut hidden = backend.alloc_hidden(rows, between).unwrap();
