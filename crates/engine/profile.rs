@@ -263,8 +263,7 @@ impl<B: Backend> Backend for Profiled<B> {
         hidden: &mut Self::Buf,
     ) {
         let before = if norm.is_some() { "norm, " } else { "" };
-        let name =
-            format!("{before}product {} -> {}, gelu, product -> {}, residual", fc1.inputs, fc1.outputs, fc2.outputs);
+        let name = format!("{before}MLP {} -> {} -> {}", fc1.inputs, fc1.outputs, fc2.outputs);
         let flops = 2.0 * (rows * (fc1.inputs * fc1.outputs + fc2.inputs * fc2.outputs)) as f64;
         let norm = norm.map(|(norm, normed)| (norm, &mut normed.inner));
         self.time(name, flops, |inner| {

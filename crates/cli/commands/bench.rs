@@ -75,7 +75,7 @@ fn rate(gflops: f64) -> String {
 fn stages(BenchReport { stages, ceiling_gflops, .. }: &BenchReport) -> String {
     let total: f64 = stages.iter().map(|stage| stage.milliseconds).sum();
     let mut table = format!(
-        "\n{:<56} {:>6} {:>11} {:>6}  {}\n",
+        "\n{:<40} {:>6} {:>11} {:>6}  {}\n",
         "operations of a batch", "calls", "ms", "share", "of what can be reached"
     );
     for stage in stages {
@@ -86,7 +86,7 @@ fn stages(BenchReport { stages, ceiling_gflops, .. }: &BenchReport) -> String {
         } else {
             String::new()
         };
-        let line = format!("{name:<56} {calls:>6} {milliseconds:>11.3} {share:>5.1}%  {reached}");
+        let line = format!("{name:<40} {calls:>6} {milliseconds:>11.3} {share:>5.1}%  {reached}");
         table += line.trim_end();
         table.push('\n');
     }
