@@ -13,17 +13,15 @@ use rayon::prelude::*;
 
 use super::attention::{Block, Strided, assert_disjoint, pack};
 use super::elementwise::{add, scale};
-use super::memory::{Aligned, Shared, floats};
+use super::memory::{Aligned, Shared, floats, own};
 use super::pack::{Packed, Row};
 use super::simd::Isa;
-use super::tile::{Format, Tile};
+use super::tile::{Format, TILE_ROWS_MAX, Tile};
 use crate::Error;
 use crate::backend::Span;
 
 /// Rows of a block, of all heads together: a multiple of every tile's rows.
 const ROWS: usize = 60;
-/// Rows beyond a block's that a tile may touch.
-const TILE_ROWS_MAX: usize = 6;
 
 /// A layer's weights.
 pub struct Absorbed {
@@ -42,21 +40,22 @@ impl Absorbed {
         (inputs, heads): (usize, usize),
     ) -> Result<Self, Error> {
         let size = value_bias.len() / heads;
-        let of_head = |weight: &'_ [f32], head: usize| weight[head * size * inputs..][..size * inputs].to_vec();
-        let query = |head| {
-            let weight = of_head(key, head);
+        let part = size * inputs;
+        let query = |head: usize| {
+            let weight = &key[head * part..][..part];
             let transposed: Vec<f32> = (0..inputs * size).map(|i| weight[i % size * inputs + i / size]).collect();
             Packed::new(isa, format, &transposed, &vec![0.0; inputs], size)
         };
-        let value = |head| Packed::new(isa, format, &of_head(value, head), &value_bias[head * size..][..size], inputs);
+        let value = |head: usize| {
+            let (weight, bias) = (&value[head * part..][..part], &value_bias[head * size..][..size]);
+            Packed::new(isa, format, weight, bias, inputs)
+        };
         Ok(Self {
             queries: (0..heads).map(query).collect::<Result<_, _>>()?,
             values: (0..heads).map(value).collect::<Result<_, _>>()?,
         })
     }
-}
 
-impl Absorbed {
     /// Values of a token.
     pub(super) fn inputs(&self) -> usize {
         self.values[0].inputs
@@ -124,14 +123,12 @@ impl Seen {
 
     /// Makes panels of the tokens of each span's image, `tokens [rows, V]`.
     pub(super) fn see(&mut self, isa: Isa, tokens: &[f32], spans: &[Span]) {
-        let (tile, width, count) = (self.tile, self.width, self.tokens);
+        let (tile, width, count, rooms) = (self.tile, self.width, self.tokens, &self.rooms);
         self.images[..spans.len()].par_iter_mut().zip(spans).with_max_len(1).for_each(
             |(Image { keys, values }, span)| {
                 assert_eq!(span.kv_len, count, "an image has {count} tokens");
-                let thread = rayon::current_thread_index().expect("the backend runs on its own pool");
-                let mut room = self.rooms[thread].lock().expect("no task panics while it holds the room");
                 let of = Strided { data: tokens, stride: width, first: 0 }.from(span.kv, 0);
-                pack(isa, &tile, [of, of], (count, width), (keys, values), &mut room.queries);
+                pack(isa, &tile, [of, of], (count, width), (keys, values), &mut own(rooms).queries);
             },
         );
     }
@@ -148,9 +145,14 @@ pub(super) fn attend(isa: Isa, q: Strided<'_>, spans: &[Span], seen: &Seen, w: &
         let blocks = rows.div_ceil(ROWS).max((2 * threads).div_ceil(spans.len())).min(rows.div_ceil(seen.tile.mr));
         let block = rows.div_ceil(blocks).next_multiple_of(seen.tile.mr).min(ROWS);
         (0..rows.div_ceil(block)).into_par_iter().with_max_len(1).for_each(|i| {
-            let thread = rayon::current_thread_index().expect("the backend runs on its own pool");
-            let mut room = seen.rooms[thread].lock().expect("no task panics while it holds the room");
-            one_block(isa, &mut room, (q, span, i * block..rows.min((i + 1) * block)), (seen, image), w, out);
+            one_block(
+                isa,
+                &mut own(&seen.rooms),
+                (q, span, i * block..rows.min((i + 1) * block)),
+                (seen, image),
+                w,
+                out,
+            );
         });
     });
 }

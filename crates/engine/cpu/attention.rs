@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use rayon::prelude::*;
 
 use super::elementwise::{scale, softmax_unscaled};
-use super::memory::{Aligned, Shared, floats};
+use super::memory::{Aligned, Shared, floats, own};
 use super::pack::{Row, columns};
 use super::simd::Isa;
 use super::tile::{Format, Tile};
@@ -129,9 +129,7 @@ pub(super) fn attention(
     assert_eq!(out.cols() % heads, 0, "{} columns in {heads} heads", out.cols());
     assert_disjoint(spans);
     (0..spans.len() * heads).into_par_iter().with_max_len(1).for_each(|i| {
-        let thread = rayon::current_thread_index().expect("the backend runs on its own pool");
-        let mut room = scratch[thread].lock().expect("no task panics while it holds the room");
-        one_head(isa, &mut room, [q, k, v], &spans[i / heads], i % heads, out, out.cols() / heads);
+        one_head(isa, &mut own(scratch), [q, k, v], &spans[i / heads], i % heads, out, out.cols() / heads);
     });
 }
 

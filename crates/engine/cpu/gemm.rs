@@ -17,10 +17,10 @@ use rayon::prelude::*;
 use super::Norm;
 use super::elementwise::layer_norm;
 use super::epilogue::{Pass, Worth, finish};
-use super::memory::{Aligned, Rectangle, Shared};
+use super::memory::{Aligned, Rectangle, Shared, own};
 use super::pack::{Packed, Row};
 use super::simd::Isa;
-use super::tile::{Format, Next, Tile};
+use super::tile::{Format, Next, TILE_ROWS_MAX, Tile};
 use crate::Error;
 use crate::backend::Epilogue;
 
@@ -34,8 +34,6 @@ const SUMS: usize = 2048;
 pub(super) const ENOUGH_TILES: usize = 4;
 /// Words added to the stride of the block so that its rows do not fall on the same L1 sets.
 const PAD: usize = 16;
-/// Rows that a tile may read beyond a task's.
-pub(super) const TILE_ROWS_MAX: usize = 6;
 
 /// Words from row to row of a block.
 pub(super) fn stride(words: usize) -> usize {
@@ -162,12 +160,6 @@ pub(super) fn linear(
         // SAFETY: tasks partition rows x panels, so no two of them have the same element of the output.
         unsafe { multiply(isa, (words, rows, panel), w, epilogue, &output, &task) };
     });
-}
-
-/// This thread's room.
-pub(super) fn own<T>(rooms: &[Mutex<T>]) -> std::sync::MutexGuard<'_, T> {
-    let thread = rayon::current_thread_index().expect("the backend runs on its own pool");
-    rooms[thread].lock().expect("no task panics while it holds its room")
 }
 
 /// `out (=|gelu=|+=) words Wᵀ + b` in a task's rectangle, of whose rows these are the words.

@@ -1,6 +1,7 @@
 //! Cache-line aligned storage: the vector loads of the packed weights must not straddle lines.
 
 use std::marker::PhantomData;
+use std::sync::{Mutex, MutexGuard};
 
 use super::simd::prefetch;
 use crate::Error;
@@ -76,6 +77,12 @@ pub(super) fn floats_of(words: &[u32]) -> &[f32] {
 pub(super) fn floats(words: &mut [u32]) -> &mut [f32] {
     // SAFETY: both are 4 bytes of any value with an alignment of 4; the exclusive borrow goes on in the result.
     unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), words.len()) }
+}
+
+/// This thread's room.
+pub(super) fn own<T>(rooms: &[Mutex<T>]) -> MutexGuard<'_, T> {
+    let thread = rayon::current_thread_index().expect("the backend runs on its own pool");
+    rooms[thread].lock().expect("no task panics while it holds its room")
 }
 
 /// A row-major matrix that tasks write to at the same time, each its own rectangles.

@@ -6,11 +6,11 @@ use std::sync::Mutex;
 use rayon::prelude::*;
 
 use super::Norm;
-use super::gemm::{Block, Cut, ENOUGH_TILES, MC, TILE_ROWS_MAX, Task, multiply, own, rows_suffice, stride};
-use super::memory::{Aligned, Shared, floats, floats_of};
+use super::gemm::{Block, Cut, ENOUGH_TILES, MC, Task, multiply, rows_suffice, stride};
+use super::memory::{Aligned, Shared, floats, floats_of, own};
 use super::pack::Packed;
 use super::simd::Isa;
-use super::tile::Format;
+use super::tile::{Format, TILE_ROWS_MAX};
 use crate::Error;
 use crate::backend::Epilogue;
 

@@ -8,6 +8,9 @@ use super::dot::{Avx2, Avx512, Bf16, PairBytes};
 use super::dot::{Bytes, Dot, F32, Portable};
 use super::simd::{Isa, Level, prefetch};
 
+/// Rows of the largest tile: so many may be read and written beyond a block's.
+pub(super) const TILE_ROWS_MAX: usize = 6;
+
 /// What the operands of a product are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Format {
@@ -59,8 +62,7 @@ pub(super) struct Tile {
     /// Steps along K of an iteration: the addresses of their broadcasts differ by constants, which leaves the processor more room for
     /// products. They ask for one cache line.
     unroll: usize,
-    /// Values that a product of [`Chains`] multiplies.
-    chain_values: usize,
+    lanes: usize,
     run: Run,
     chains: Chains,
 }
@@ -171,14 +173,13 @@ macro_rules! tile {
             // SAFETY: passed on to the caller, see `chains_body`.
             unsafe { chains_body::<$dot>(rounds) }
         }
-        let chain_values = <$dot>::LANES * $format.group();
         Tile {
             mr: $mr,
             nr: $vectors * <$dot>::LANES,
             format: $format,
             weight_steps: 127.0,
             unroll: $unroll,
-            chain_values,
+            lanes: <$dot>::LANES,
             run,
             chains,
         }
@@ -254,7 +255,7 @@ impl Tile {
     pub(super) fn multiply_adds(&self, rounds: usize) -> usize {
         // SAFETY: `new` has picked what the Isa proves.
         unsafe { (self.chains)(rounds) }
-        2 * self.chain_values * CHAINS * rounds
+        2 * self.format.group() * self.lanes * CHAINS * rounds
     }
 
     /// All tiles of `c[rows, panels * NR] = a panels`, `rows` rows of `a` and the panels one after the other; `a` and `c` come with their

@@ -110,7 +110,13 @@ impl<B: Backend> Bert<B> {
         let image = ["key", "value"].map(|x| part(&format!("crossattention.self.{x}")));
         // A fiftieth of the operations.
         let text = Care::Sensitive;
-        let absorbed = if images.count == 0 { None } else { Self::absorbed(loader, config, &image, images.width)? };
+        let (backend, width) = (loader.backend, images.width);
+        let (weight, bias) = loader.side_by_side(&image.each_ref().map(String::as_str), t, width)?;
+        let (key, value) = weight.split_at(t * width);
+        let absorbed = match images.count {
+            0 => None,
+            _ => backend.absorbed_weights(key, (value, &bias[t..]), (width, config.heads))?,
+        };
         Ok(Layer {
             absorbed,
             qkv: loader.fused(text, &own.each_ref().map(String::as_str), t, t)?,
@@ -118,24 +124,13 @@ impl<B: Backend> Bert<B> {
             output_norm: loader.norm(&part("attention.output.LayerNorm"), t, config.eps)?,
             cross_query: loader.linear(text, &part("crossattention.self.query"), t, t)?,
             // As careful as what is absorbed: which of the two it is depends on the pairs beside it.
-            cross_kv: loader.fused(text, &image.each_ref().map(String::as_str), t, images.width)?,
+            cross_kv: backend.careful_weights(text, &weight, &bias, width)?,
             cross_output: loader.linear(text, &part("crossattention.output.dense"), t, t)?,
             cross_norm: loader.norm(&part("crossattention.output.LayerNorm"), t, config.eps)?,
             fc1: loader.linear(text, &part("intermediate.dense"), g, t)?,
             fc2: loader.linear(text, &part("output.dense"), t, g)?,
             mlp_norm: loader.norm(&part("output.LayerNorm"), t, config.eps)?,
         })
-    }
-
-    fn absorbed(
-        loader: &Loader<'_, B>,
-        config: &TextConfig,
-        [key, value]: &[String; 2],
-        image_width: usize,
-    ) -> Result<Option<B::Absorbed>, Error> {
-        let weight = |name: &str| loader.read(&format!("{name}.weight"), &[config.hidden, image_width]);
-        let (key, bias) = (weight(key)?, loader.read(&format!("{value}.bias"), &[config.hidden])?);
-        loader.backend.absorbed_weights(&key, (&weight(value)?, &bias), (image_width, config.heads))
     }
 
     /// Encodes packed rows that see `image_embeds [B * N, V]`; the result, [`Self::output`], is `[R, T]`.

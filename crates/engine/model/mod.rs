@@ -67,12 +67,18 @@ impl<B: Backend> Loader<'_, B> {
 
     /// Several linear layers over the same input as one: their outputs side by side.
     fn fused(&self, care: Care, names: &[&str], outputs: usize, inputs: usize) -> Result<B::Linear, Error> {
+        let (weight, bias) = self.side_by_side(names, outputs, inputs)?;
+        self.backend.careful_weights(care, &weight, &bias, inputs)
+    }
+
+    /// Weights and biases of these layers, one after the other.
+    fn side_by_side(&self, names: &[&str], outputs: usize, inputs: usize) -> Result<(Vec<f32>, Vec<f32>), Error> {
         let (mut weight, mut bias) = (Vec::new(), Vec::new());
         for name in names {
             weight.append(&mut self.read(&format!("{name}.weight"), &[outputs, inputs])?);
             bias.append(&mut self.read(&format!("{name}.bias"), &[outputs])?);
         }
-        self.backend.careful_weights(care, &weight, &bias, inputs)
+        Ok((weight, bias))
     }
 
     fn norm(&self, name: &str, cols: usize, eps: f32) -> Result<B::Norm, Error> {
