@@ -100,7 +100,7 @@ impl Seen {
         let rows = ROWS + TILE_ROWS_MAX;
         let room = || {
             Ok(Mutex::new(Room {
-                row: Aligned::zeroed(width.max(size))?,
+                row: Aligned::zeroed(width)?,
                 queries: Aligned::zeroed(format.words(width).max(rows * format.words(size)))?,
                 wide: Aligned::zeroed(rows * width.max(size).next_multiple_of(nr))?,
                 words: Aligned::zeroed(rows * format.words(width))?,
@@ -180,8 +180,7 @@ fn one_block(
     for (head, rows) in parts(&block, span.q_len) {
         let at = head * span.q_len + rows.start - block.start;
         for (i, of_span) in rows.clone().enumerate() {
-            scale(isa, q.row(span.q + of_span, head * size, size), factor, &mut row[..size]);
-            how.words(isa, &row[..size], &mut queries[i * size_words..][..size_words]);
+            how.words(isa, q.row(span.q + of_span, head * size, size), &mut queries[i * size_words..][..size_words]);
         }
         // The rows that fill up its last tile are those of the next part, which come later.
         let of_head = (&**queries, size_words, rows.len());
@@ -191,7 +190,7 @@ fn one_block(
         how.words(isa, &floats(wide)[..width], words);
     }
     let panels = (&*image.keys, &*image.values, seen.tokens);
-    let totals = scores.attend(isa, (words, width_words, block.len()), panels, (wide, stride));
+    let totals = scores.attend(isa, factor, (words, width_words, block.len()), panels, (wide, stride));
     let sums = wide.chunks_exact_mut(stride).zip(words.chunks_exact_mut(width_words));
     for ((sums, words), total) in sums.zip(totals).take(block.len()) {
         scale(isa, &floats(sums)[..width], 1.0 / total, &mut row[..width]);

@@ -4,20 +4,25 @@
 //! blocks of [`Q_ROWS`]: scores of the block against all keys, softmax, product with the values. All of it stays in L2:
 //! with 577 keys of size 64 that is 164 + 148 + 64 kB in f32. Scores, softmax and sums are f32 whatever the operands are.
 
+use std::ops::Range;
 use std::sync::Mutex;
 
 use rayon::prelude::*;
 
 use super::elementwise::{scale, softmax_unscaled};
-use super::memory::{Aligned, Shared, floats, own};
+use super::memory::{Aligned, Rectangle, Shared, floats, own};
 use super::pack::{Row, columns};
-use super::simd::Isa;
+use super::simd::{Isa, prefetch};
 use super::tile::{Format, Tile};
 use crate::Error;
 use crate::backend::Span;
 
 /// Query rows of a block: a multiple of every tile's rows.
 const Q_ROWS: usize = 24;
+/// Rows from the one that is read to the one that is asked for.
+const AHEAD: usize = 8;
+/// Values of a cache line.
+const LINE: usize = 16;
 
 /// Room for the scores of a block of query rows.
 pub(super) struct Block {
@@ -38,11 +43,12 @@ impl Block {
         Ok(Self { tile, scores, weights, totals: vec![0.0; rows] })
     }
 
-    /// `out = e^(q kᵀ - max) v` for `rows` rows of queries, which come with their stride and are scaled already; keys and values are
-    /// panels. Returns what each row is to be divided by.
+    /// `out = e^(factor (q kᵀ - max)) v` for `rows` rows of queries, which come with their stride; keys and values are panels. Returns
+    /// what each row is to be divided by.
     pub(super) fn attend(
         &mut self,
         isa: Isa,
+        factor: f32,
         (queries, stride, rows): (&[u32], usize, usize),
         (keys, values, count): (&[u32], &[u32], usize),
         (out, out_stride): (&mut [u32], usize),
@@ -52,10 +58,12 @@ impl Block {
         let (padded, words) = (count.next_multiple_of(tile.nr), format.words(count));
         tile.run_all(stride, (queries, stride, rows), keys, (scores, padded));
         for (i, (total, scores)) in totals.iter_mut().zip(scores.chunks_exact_mut(padded)).take(rows).enumerate() {
-            let scores = &mut floats(scores)[..count];
-            *total = softmax_unscaled(isa, scores);
+            let scores = floats(scores);
+            // What fills up the last panel: so the softmax has whole registers.
+            scores[count..].fill(f32::NEG_INFINITY);
+            *total = softmax_unscaled(isa, scores, factor);
             if format != Format::F32 {
-                how.words(isa, scores, &mut weights[i * words..][..words]);
+                how.words(isa, &scores[..count], &mut weights[i * words..][..words]);
             }
         }
         let (weights, stride): (&[u32], _) = if format == Format::F32 { (scores, padded) } else { (weights, words) };
@@ -67,8 +75,6 @@ impl Block {
 /// Per-thread room for one head's keys and values and one block of queries and scores.
 pub(super) struct Head {
     tile: Tile,
-    /// A query as f32.
-    row: Aligned,
     queries: Aligned<u32>,
     keys: Aligned<u32>,
     values: Aligned<u32>,
@@ -84,7 +90,6 @@ impl Head {
         let (keys, size) = (keys_max.next_multiple_of(tile.nr), size_max.next_multiple_of(tile.nr));
         Ok(Self {
             tile,
-            row: Aligned::zeroed(size_max)?,
             queries: Aligned::zeroed(Q_ROWS * format.words(size_max))?,
             keys: Aligned::zeroed(keys * format.words(size_max))?,
             values: Aligned::zeroed(format.words(keys_max) * size)?,
@@ -114,6 +119,16 @@ impl<'a> Strided<'a> {
     /// `size` columns from column `first` of the block on.
     pub(super) fn row(&self, row: usize, first: usize, size: usize) -> &'a [f32] {
         &self.data[row * self.stride + self.first + first..][..size]
+    }
+
+    /// The same of several rows. Those that follow are asked for: no processor foresees rows that lie a page or more apart.
+    fn rows(self, rows: Range<usize>, first: usize, size: usize) -> impl Iterator<Item = &'a [f32]> {
+        rows.map(move |row| {
+            let values = self.row(row, first, size);
+            let ahead = values.as_ptr().wrapping_add(AHEAD * self.stride);
+            (0..size).step_by(LINE).for_each(|i| prefetch::<false, _>(ahead.wrapping_add(i)));
+            values
+        })
     }
 }
 
@@ -148,7 +163,7 @@ fn one_head(
     out: &Shared<'_>,
     size: usize,
 ) {
-    let Head { tile, row, queries, keys, values, block, sums } = room;
+    let Head { tile, queries, keys, values, block, sums } = room;
     let (words, stride) = (tile.format.words(size), size.next_multiple_of(tile.nr));
     let how = Row::new(isa, tile, &[]);
     let kv = [k, v].map(|of| of.from(span.kv, head * size));
@@ -156,16 +171,16 @@ fn one_head(
     let factor = 1.0 / (size as f32).sqrt();
     for first in (0..span.q_len).step_by(Q_ROWS) {
         let rows = Q_ROWS.min(span.q_len - first);
-        for i in 0..rows {
-            scale(isa, q.row(span.q + first + i, head * size, size), factor, &mut row[..size]);
-            how.words(isa, &row[..size], &mut queries[i * words..][..words]);
-        }
-        let totals = block.attend(isa, (queries, words, rows), (keys, values, span.kv_len), (sums, stride));
+        let of_block = q.rows(span.q + first..span.q + first + rows, head * size, size);
+        of_block.zip(queries.chunks_exact_mut(words)).for_each(|(row, words)| how.words(isa, row, words));
+        let cols = head * size..(head + 1) * size;
+        // SAFETY: these columns of these rows belong to this task alone: (span, head) pairs are different for all tasks, and
+        // spans do not overlap in their query rows.
+        let mut out = unsafe { Rectangle::new(out, span.q + first..span.q + first + rows, cols) };
+        out.prefetch(0..rows);
+        let totals = block.attend(isa, factor, (queries, words, rows), (keys, values, span.kv_len), (sums, stride));
         for (i, (sums, total)) in floats(sums).chunks_exact(stride).zip(totals).take(rows).enumerate() {
-            // SAFETY: these columns of this row belong to this task alone: (span, head) pairs are different for all tasks, and
-            // spans do not overlap in their query rows.
-            let out = unsafe { out.row(span.q + first + i, head * size..(head + 1) * size) };
-            scale(isa, &sums[..size], 1.0 / total, out);
+            scale(isa, &sums[..size], 1.0 / total, out.row(i));
         }
     }
 }
@@ -190,16 +205,16 @@ pub(super) fn pack<'a>(
         if lanes < nr {
             panel.fill(0);
         }
-        for lane in 0..lanes {
-            how.words(isa, k.row(p * nr + lane, 0, size), words);
+        for (lane, row) in k.rows(p * nr..p * nr + lanes, 0, size).enumerate() {
+            how.words(isa, row, words);
             words.iter().zip(panel.chunks_exact_mut(nr)).for_each(|(word, lanes)| lanes[lane] = *word);
         }
     }
     for (p, panel) in values.chunks_exact_mut(count_words * nr).enumerate() {
         let cols = nr.min(size - p * nr);
-        for (word, lanes) in panel.chunks_exact_mut(nr).enumerate() {
-            let rows = (word * group..((word + 1) * group).min(count)).map(|row| v.row(row, p * nr, cols));
-            columns(isa, format, rows, &mut lanes[..cols]);
+        let mut rows = v.rows(0..count, p * nr, cols);
+        for lanes in panel.chunks_exact_mut(nr) {
+            columns(isa, format, rows.by_ref().take(group), &mut lanes[..cols]);
             lanes[cols..].fill(0);
         }
     }

@@ -7,6 +7,8 @@ use super::simd::{dispatch, mul_add};
 
 /// Partial sums of a reduction.
 const LANES: usize = 16;
+/// Of 2 in a softmax: its power is a normal number, and nothing beside 1.
+const LEAST_EXPONENT: f32 = -125.5;
 
 /// `erf(x)`, absolute error below 2e-7 over all x (checked against f64 in tests/ops.rs).
 ///
@@ -26,19 +28,19 @@ fn erf<const F: bool>(x: f32) -> f32 {
     x * p / q
 }
 
-/// `e^x` for x <= 0, absolute error below 2e-7 (relative: 2e-7 down to -1, then growing with x to 4e-6), and e^-87 below -87.
+/// `2^(x factor)` for x <= 0, absolute error below 2e-7 (relative: 2e-7 down to 2^-1.5, then growing with the exponent to 4e-6), and
+/// 2^-125.5 where x is below `least`, which is that by the factor.
 ///
-/// It is `2^n 2^f` with `n + f = x log2 e` and `|f| <= 0.5`. The polynomial of `2^f` is the minimax one that begins with 1 + f ln 2; its
+/// It is `2^n 2^f` with `n + f = x factor` and `|f| <= 0.5`. The polynomial of `2^f` is the minimax one that begins with 1 + f ln 2; its
 /// error is 1.1e-7, with the rounding of its steps 1.7e-7.
 #[inline(always)]
-fn exp_of_negative<const F: bool>(x: f32) -> f32 {
+fn exp2_of_negative<const F: bool>(x: f32, factor: f32, least: f32) -> f32 {
     /// 1.5 * 2^23 + 127: adding it rounds to an integer, whose sum with the exponent's bias then stands in the low bits.
     const ROUND: f32 = 12_583_039.0;
-    const LOG2_E: f32 = std::f32::consts::LOG2_E;
     // What is no number stays none.
-    let x = if x < -87.0 { -87.0 } else { x };
-    let shifted = mul_add::<F>(x, LOG2_E, ROUND);
-    let f = mul_add::<F>(x, LOG2_E, ROUND - shifted);
+    let x = if x < least { least } else { x };
+    let shifted = mul_add::<F>(x, factor, ROUND);
+    let f = mul_add::<F>(x, factor, ROUND - shifted);
     let mut p = 1.330_053_1e-3;
     for c in [9.669_661e-3, 5.550_558_5e-2, 0.240_222_83, std::f32::consts::LN_2, 1.0] {
         p = mul_add::<F>(p, f, c);
@@ -65,6 +67,8 @@ fn fold_lanes(x: &[f32], start: f32, step: impl Fn(f32, f32) -> f32, join: impl 
     for (lane, v) in lanes.iter_mut().zip(rest) {
         *lane = step(*lane, *v);
     }
+    // Or the compiler would take the accumulators apart in the loop, by the halves and quarters in which they are joined here.
+    std::hint::black_box(&mut lanes);
     let mut width = LANES;
     while width > 1 {
         width /= 2;
@@ -86,26 +90,29 @@ fn larger(a: f32, b: f32) -> f32 {
 }
 
 #[inline(always)]
-fn softmax_body<const F: bool>(x: &mut [f32]) -> f32 {
+fn softmax_body<const F: bool>(x: &mut [f32], factor: f32) -> f32 {
     let max = fold_lanes(x, f32::NEG_INFINITY, larger, larger);
+    let factor = factor * std::f32::consts::LOG2_E;
+    let least = LEAST_EXPONENT / factor;
     let mut sums = [0.0_f32; LANES];
     let (chunks, rest) = x.as_chunks_mut::<LANES>();
     for chunk in chunks {
         for (sum, v) in sums.iter_mut().zip(chunk) {
-            *v = exp_of_negative::<F>(*v - max);
+            *v = exp2_of_negative::<F>(*v - max, factor, least);
             *sum += *v;
         }
     }
     for (sum, v) in sums.iter_mut().zip(rest) {
-        *v = exp_of_negative::<F>(*v - max);
+        *v = exp2_of_negative::<F>(*v - max, factor, least);
         *sum += *v;
     }
     sum(&sums)
 }
 
 dispatch! {
-    /// `x = e^(x - max x)`; returns the sum, which the caller divides by after the product with the values.
-    pub(super) fn softmax_unscaled(x: &mut [f32]) -> f32 = softmax_body
+    /// `x = e^(factor (x - max x))` for a factor above 0; returns the sum, which the caller divides by after the product with the
+    /// values. -∞ adds nothing to any other.
+    pub(super) fn softmax_unscaled(x: &mut [f32], factor: f32) -> f32 = softmax_body
 }
 
 #[inline(always)]

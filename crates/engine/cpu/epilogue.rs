@@ -81,10 +81,12 @@ fn each(
     for (row, sums) in sums.chunks_exact(nr).take(out.rows()).enumerate() {
         let (out, out_rest) = out.row(row).as_chunks_mut::<STEP>();
         for (step, ((sums, bias), out)) in sums.as_chunks::<STEP>().0.iter().zip(steps).zip(out).enumerate() {
-            let values = value.step(row, step, sums);
+            // All is read before anything is written: the compiler need not wonder whether one is the other.
+            let (values, bias, mut results) = (value.step(row, step, sums), *bias, *out);
             for i in 0..STEP {
-                out[i] = f(values[i], bias[i], out[i]);
+                results[i] = f(values[i], bias[i], results[i]);
             }
+            *out = results;
         }
         // Of the last panel's columns some may not exist.
         let done = steps.len() * STEP;

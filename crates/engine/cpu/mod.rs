@@ -4,6 +4,7 @@
 
 mod absorbed;
 mod attention;
+mod bf16;
 mod ceiling;
 mod dot;
 mod elementwise;

@@ -5,6 +5,7 @@
 
 use rayon::prelude::*;
 
+use super::bf16::{self, bf16};
 use super::gemm::KC;
 use super::memory::{Aligned, floats};
 use super::simd::{Isa, dispatch};
@@ -17,30 +18,6 @@ const ACTIVATION_STEPS: f32 = 127.0;
 const ACTIVATION_ZERO: i32 = 128;
 /// 1.5 * 2^23 + 128: adding it rounds to an integer, whose sum with 128 then stands in the low byte.
 const ROUND_TO_BYTE: f32 = 12_583_040.0;
-
-#[inline(always)]
-fn bf16(x: f32) -> u32 {
-    let bits = x.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-    // Rounding could make a number of what is none.
-    if x.is_nan() { 0x7fc0 } else { rounded }
-}
-
-#[inline(always)]
-fn bf16_words_body<const F: bool>(x: &[f32], out: &mut [u32]) {
-    let (pairs, rest) = x.as_chunks::<2>();
-    for (out, [low, high]) in out.iter_mut().zip(pairs) {
-        *out = bf16(*low) | bf16(*high) << 16;
-    }
-    if let ([last], Some(out)) = (rest, out.get_mut(pairs.len())) {
-        *out = bf16(*last);
-    }
-}
-
-dispatch! {
-    /// Pairs of bf16; what is missing to the last pair is 0.
-    fn bf16_words(x: &[f32], out: &mut [u32]) = bf16_words_body
-}
 
 #[inline(always)]
 fn wide_bf16_words_body<const F: bool>(x: &[f32], out: &mut [u32]) {
@@ -65,18 +42,6 @@ fn widen_body<const F: bool>(panel: &[u32], nr: usize, out: &mut [u32]) {
 dispatch! {
     /// A panel of pairs of bf16 as one of f32.
     fn widen(panel: &[u32], nr: usize, out: &mut [u32]) = widen_body
-}
-
-#[inline(always)]
-fn bf16_columns_body<const F: bool>(low: &[f32], high: &[f32], out: &mut [u32]) {
-    for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
-        *out = bf16(*low) | bf16(*high) << 16;
-    }
-}
-
-dispatch! {
-    /// Pairs of what stands below each other in two rows.
-    fn bf16_columns(low: &[f32], high: &[f32], out: &mut [u32]) = bf16_columns_body
 }
 
 #[inline(always)]
@@ -140,10 +105,18 @@ impl Row {
         assert_eq!(out.len(), self.format.words(part.len()));
         match self.format {
             Format::F32 => floats(out).copy_from_slice(part),
-            Format::Bf16 => bf16_words(isa, part, out),
+            Format::Bf16 => bf16::words(isa, part, out),
             Format::WideBf16 => wide_bf16_words(isa, part, out),
             Format::Int8 => byte_words(isa, part, self.steps, out),
         }
+    }
+}
+
+/// A copy of a register or two, without the call that one of unknown size takes.
+fn copy_lanes(from: &[f32], to: &mut [f32]) {
+    match (<&[f32; 16]>::try_from(from), <&mut [f32; 16]>::try_from(&mut *to)) {
+        (Ok(from), Ok(to)) => *to = *from,
+        _ => to.copy_from_slice(from),
     }
 }
 
@@ -151,9 +124,9 @@ impl Row {
 pub(super) fn columns<'a>(isa: Isa, format: Format, mut rows: impl Iterator<Item = &'a [f32]>, out: &mut [u32]) {
     let first = rows.next().expect("a word has a value");
     match (format, rows.next()) {
-        (Format::F32, None) => floats(out).copy_from_slice(first),
+        (Format::F32, None) => copy_lanes(first, floats(out)),
         (Format::WideBf16, None) => wide_bf16_words(isa, first, out),
-        (Format::Bf16, Some(second)) => bf16_columns(isa, first, second, out),
+        (Format::Bf16, Some(second)) => bf16::columns(isa, first, second, out),
         (Format::Bf16, None) => first.iter().zip(out).for_each(|(value, out)| *out = bf16(*value)),
         _ => unreachable!("a word of {format:?} has as many values as its group"),
     }
