@@ -14,11 +14,21 @@ const BYTES_MAX: usize = 8192;
 
 #[test]
 fn scoring_allocates_nothing() {
+    for precision in [Precision::F32, Precision::Bf16, Precision::Int8] {
+        // With keys and values of the images, and without.
+        for captions in [60, 1] {
+            assert_allocates_nothing(precision, captions);
+        }
+    }
+}
+
+/// `captions` of each image.
+fn assert_allocates_nothing(precision: Precision, captions: u32) {
     let checkpoint = Checkpoint::synthetic(SyntheticSize::Tiny, 1);
     let heads = Heads { itm: true, cosine: true };
     let options = Options {
         device: Device::Cpu,
-        precision: Precision::F32,
+        precision,
         threads: 2,
         images_max: 4,
         tokens_max: 512,
@@ -29,7 +39,7 @@ fn scoring_allocates_nothing() {
     let mut batch = Batch::new(64);
     for image in 0..4_u8 {
         batch.push_image(&[image * 50; 64 * 64 * 3]);
-        for caption in 0..60_u32 {
+        for caption in 0..captions {
             let tokens: Vec<u32> = (0..5 + caption % 20).map(|i| 1000 + i * 7 + caption).collect();
             batch.push_caption(&tokens);
         }
@@ -40,12 +50,8 @@ fn scoring_allocates_nothing() {
     let region = Region::new(ALLOCATOR);
     (0..10).for_each(|_| scorer.score(&batch, &mut scores).unwrap());
     let change = region.change();
-    println!("{} bytes in {} allocations", change.bytes_allocated, change.allocations);
-    assert_eq!(scores.len(), 240);
-    assert!(
-        change.bytes_allocated <= BYTES_MAX,
-        "{} bytes in {} allocations",
-        change.bytes_allocated,
-        change.allocations
-    );
+    let (bytes, times) = (change.bytes_allocated, change.allocations);
+    println!("{} with {captions} captions: {bytes} bytes in {times} allocations", precision.name());
+    assert_eq!(scores.len(), 4 * captions as usize);
+    assert!(bytes <= BYTES_MAX, "{} with {captions} captions: {bytes} bytes in {times}", precision.name());
 }

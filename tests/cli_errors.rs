@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::oracle::golden;
-use crate::support::{Ran, capsieve, floats, names, picture, read_parquet, shard, texts, write_parquet};
+use crate::support::{Ran, capsieve, floats, names, picture, program, read_parquet, run, shard, texts, write_parquet};
 
 const MODEL: &str = "synthetic:tiny";
 const SVG: &[u8] = b"<?xml version=\"1.0\"?><svg xmlns=\"http://www.w3.org/2000/svg\" width=\"9\" height=\"9\"/>";
@@ -331,6 +331,23 @@ fn what_this_build_lacks_is_said() {
         assert_failed(&ran, &[words], &prefix);
     }
     assert_eq!(names(folder.0.path()), ["in.parquet"]);
+}
+
+#[test]
+fn instructions_are_taken_by_name_or_refused() {
+    let folder = Folder::new(&good());
+    let score = |isa: &str| {
+        let (input, output) = (folder.path("in.parquet"), folder.path("out.parquet"));
+        let mut command = program();
+        command.args(["score", "--model", MODEL, "--input"]).arg(input).arg("--output").arg(output);
+        run(command.env("CAPSIEVE_CPU_ISA", isa))
+    };
+    assert_failed(&score("avx51"), &["CAPSIEVE_CPU_ISA", "avx51", "portable"], "unknown instructions");
+    assert_eq!(names(folder.0.path()), ["in.parquet"]);
+    for isa in ["portable", ""] {
+        assert_eq!(score(isa).code, Some(0));
+        std::fs::remove_file(folder.path("out.parquet")).unwrap();
+    }
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The seam between the model and the hardware: about ten coarse operations.
+//! The seam between the model and the hardware: coarse operations.
 //!
 //! The network in `model/` is written once over this trait. A backend owns its buffers' residency, padding and precision;
 //! the model only names them. Rules every operation obeys:
@@ -32,6 +32,9 @@ pub enum Care {
     Usual,
     /// No more than 16 bits, where the precision has bytes.
     Sensitive,
+    /// That of attention's operands, for keys and values that [`Backend::attend_seen`] does without: which of the two ways it is
+    /// depends on the rows beside it, and a score should not.
+    Attention,
     /// As little as a backend can: what leaves the network, of which there is little.
     Exact,
 }

@@ -185,6 +185,14 @@ pub enum Error {
         /// Why.
         source: rayon::ThreadPoolBuildError,
     },
+    /// An instruction set that this processor has not.
+    #[error("CAPSIEVE_CPU_ISA is {wanted:?}, but this processor has {available}: name one of these, or unset it")]
+    NoInstructions {
+        /// What was asked for.
+        wanted: String,
+        /// What there is.
+        available: String,
+    },
     /// A batch the scorer was not loaded for.
     #[error("the batch has {reason}")]
     Batch {

@@ -99,7 +99,7 @@ pub struct Heads {
 /// What computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Device {
-    /// The processor, in f32.
+    /// The processor.
     #[default]
     Cpu,
     /// An NVIDIA card, by the driver's number.
@@ -244,7 +244,7 @@ pub fn profile(
 /// No such device, no memory.
 pub fn ceiling(checkpoint: &Checkpoint, options: &Options) -> Result<f64, Error> {
     match options.device {
-        Device::Cpu => Ok(cpu::ceiling(cpu::Isa::detect(), options.precision, options.threads)),
+        Device::Cpu => Ok(cpu::ceiling(cpu::Isa::detect()?, options.precision, options.threads)),
         #[cfg(feature = "cuda")]
         Device::Cuda(ordinal) => profile::product_ceiling(cuda_backend(ordinal, checkpoint, options)?),
         #[cfg(not(feature = "cuda"))]
@@ -256,7 +256,7 @@ pub fn ceiling(checkpoint: &Checkpoint, options: &Options) -> Result<f64, Error>
 }
 
 fn cpu_backend(checkpoint: &Checkpoint, options: &Options) -> Result<cpu::CpuBackend, Error> {
-    cpu::CpuBackend::new(options.threads, cpu::Isa::detect(), options.precision, attention_limits(checkpoint.config()))
+    cpu::CpuBackend::new(options.threads, cpu::Isa::detect()?, options.precision, attention_limits(checkpoint.config()))
 }
 
 #[cfg(feature = "cuda")]

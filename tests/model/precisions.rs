@@ -69,23 +69,22 @@ fn bf16_is_as_near_as_pytorch() {
     on_every_kernel(Precision::Bf16, |oracle, _, got| assert_as_near_as_pytorch(oracle, Precision::Bf16, got));
 }
 
-/// In 16 bits a pair's score may move by rounding when others change the order in which it sees its image; measured 3.7e-2 and 3.1e-2, on
-/// sets whose weights are far from tame.
-const REGROUPED_TOLERANCE: f32 = 5e-2;
+/// Other captions of an image change the order of products in which a caption sees it, and so how it is rounded: in f32, which turns
+/// a rounding of a later product now and then (measured 1.5e-2), or in bf16 where attention's operands are (3.7e-2 before those
+/// were f32 elsewhere). On sets whose weights are far from tame; the demo's move by less than 7e-3.
+const REGROUPED_16_BITS_TOLERANCE: f32 = 5e-2;
 
 #[test]
 fn company_matters_by_no_more_than_rounding() {
     for precision in [Precision::Bf16, Precision::Int8] {
-        let options = Options { precision, ..OPTIONS };
-        for oracle in sets() {
-            let (pairs, mut model) = (all_pairs(&oracle), best(&oracle, &options));
-            let together = score(&mut model, &oracle, &pairs);
-            let alone: Vec<_> = pairs.iter().flat_map(|pair| score(&mut model, &oracle, &[*pair])).collect();
-            let far = |a: &PairScore, b: &PairScore| (a.itm - b.itm).abs().max((a.cosine - b.cosine).abs());
-            let most = together.iter().zip(&alone).map(|(a, b)| far(a, b)).fold(0.0, f32::max);
-            println!("{} {} alone: {most:e}", oracle.name, precision.name());
-            assert!(most <= REGROUPED_TOLERANCE, "{} {}: {most}", oracle.name, precision.name());
-        }
+        on_every_kernel(precision, |oracle, isa, together| {
+            let options = Options { precision, ..OPTIONS };
+            let (pairs, mut model) = (all_pairs(oracle), load(oracle, Target::Cpu(isa), &options));
+            let alone: Vec<_> = pairs.iter().flat_map(|pair| score(&mut model, oracle, &[*pair])).collect();
+            let most = furthest(together, &alone);
+            println!("{} {} {} alone: {most:e}", oracle.name, isa.name(), precision.name());
+            assert!(most <= REGROUPED_16_BITS_TOLERANCE, "{} {} {}: {most}", oracle.name, isa.name(), precision.name());
+        });
     }
 }
 

@@ -101,7 +101,7 @@ fn absorbed_attention_equals_naive() {
 
 #[test]
 fn absorbing_is_for_few_rows() {
-    let isa = Isa::detect();
+    let isa = Isa::detect().unwrap();
     let mut backend = CpuBackend::new(1, isa, Precision::F32, LIMITS).unwrap();
     let mut seen = backend.alloc_seen(Images { count: 2, tokens: 4, width: 8 }, 16).unwrap().unwrap();
     let tokens = backend.alloc(8, 8).unwrap();

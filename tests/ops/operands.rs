@@ -1,7 +1,7 @@
 //! What products are rounded to: bf16 and bytes of the CPU backend, bit by bit.
 
 use capsieve_engine::Precision;
-use capsieve_engine::testing::{Backend, CpuBackend, Epilogue, Isa};
+use capsieve_engine::testing::{Backend, Columns, CpuBackend, Epilogue, Isa, Span};
 
 use super::{LIMITS, values};
 
@@ -100,6 +100,64 @@ fn rows_of_bytes_that_are_no_numbers_say_so_and_spoil_no_other() {
             assert!(got[5..10].iter().all(|value| value.is_nan()), "{} {bad}: {got:?}", isa.name());
             assert!(got[..5].iter().chain(&got[10..]).all(|value| value.is_finite()), "{} {bad}", isa.name());
             assert_eq!(got[15..], b, "a row of zeros is the bias");
+        }
+    }
+}
+
+/// One query each against two keys, heads of one value: `out[i] = (e^(q[i] k[0]) v[0] + e^(q[i] k[1]) v[1]) / (..)`.
+fn of_two_keys(isa: Isa, precision: Precision, q: &[f32], k: [f32; 2], v: [f32; 2]) -> Vec<f32> {
+    let mut backend = CpuBackend::new(2, isa, precision, LIMITS).unwrap();
+    let [q, k, v] = [q, &k, &v].map(|x| (x.len(), backend.upload(x.len(), 1, x).unwrap()));
+    let mut out = backend.alloc(q.0, 1).unwrap();
+    let views = [&q, &k, &v].map(|(_, buf)| Columns { buf, first: 0 });
+    let span = Span { q: 0, q_len: q.0, kv: 0, kv_len: 2 };
+    backend.run(|backend| backend.attention(views, &[span], 1, &mut out));
+    let mut got = vec![0.0; q.0];
+    backend.read(&out, &mut got).unwrap();
+    got
+}
+
+/// Absolute error of a softmax's weight; measured 1.5e-7.
+const SOFTMAX_TOLERANCE: f64 = 2.5e-7;
+
+#[test]
+fn softmax_is_exact_to_a_few_units() {
+    let q: Vec<f32> = (0..40_000).map(|i| i as f32 / 400.0).collect();
+    for isa in Isa::available_for(Precision::F32) {
+        let mut most = 0.0_f64;
+        for (q, got) in q.iter().zip(of_two_keys(isa, Precision::F32, &q, [0.0, -1.0], [0.0, 1.0])) {
+            let power = (-f64::from(*q)).exp();
+            most = most.max((f64::from(got) - power / (1.0 + power)).abs());
+            assert!(got.is_finite());
+        }
+        println!("{}: {most:.1e}", isa.name());
+        assert!(most <= SOFTMAX_TOLERANCE, "{}: {most:e}", isa.name());
+    }
+}
+
+#[test]
+fn attention_of_no_numbers_says_so_and_spoils_no_other_row() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        for isa in Isa::available_for(precision) {
+            // The second query's scores are infinite, the third is no number.
+            let got = of_two_keys(isa, precision, &[0.0, f32::INFINITY, f32::NAN, 0.0], [1.0, -1.0], [2.0, 4.0]);
+            assert_eq!((got[0], got[3]), (3.0, 3.0), "{} {}", isa.name(), precision.name());
+            assert!(got[1].is_nan() && got[2].is_nan(), "{} {}: {got:?}", isa.name(), precision.name());
+            let got = of_two_keys(isa, precision, &[1.0], [0.0, f32::NEG_INFINITY], [2.0, 4.0]);
+            assert_eq!(got, [2.0], "{} {}", isa.name(), precision.name());
+        }
+    }
+}
+
+#[test]
+fn values_of_attention_round_to_nearest_even_where_they_are_bf16() {
+    let numbers: Vec<f32> = values(400, 5).into_iter().chain([1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, -1.003]).collect();
+    for isa in Isa::available_for(Precision::Bf16) {
+        let kept = |x: f32| if isa.name() == "avx512_bf16" { half::bf16::from_f32(x).to_f32() } else { x };
+        for [a, b] in numbers.windows(2).map(|pair| [pair[0], pair[1]]) {
+            // Both weigh the same.
+            let got = of_two_keys(isa, Precision::Bf16, &[0.0], [1.0, 1.0], [a, b]);
+            assert_eq!(got, [(kept(a) + kept(b)) * 0.5], "{} {a} {b}", isa.name());
         }
     }
 }

@@ -136,7 +136,7 @@ impl Seen {
 
 /// `out = softmax((q W_k) eᵀ / √d) e W_v + b_v` for each span and head; span i's image is the i-th that was seen.
 pub(super) fn attend(isa: Isa, q: Strided<'_>, spans: &[Span], seen: &Seen, w: &Absorbed, out: &Shared<'_>) {
-    assert!(out.cols().is_multiple_of(w.queries.len()));
+    assert!(out.cols().is_multiple_of(w.queries.len()) && spans.len() <= seen.images.len());
     assert_disjoint(spans);
     let threads = seen.rooms.len();
     spans.par_iter().zip(&seen.images).with_max_len(1).for_each(|(span, image)| {

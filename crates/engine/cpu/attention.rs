@@ -37,7 +37,7 @@ impl Block {
     /// Room for `rows` query rows, a multiple of the tile's, and `keys_max` keys. Errors: no memory.
     pub(super) fn new(tile: Tile, rows: usize, keys_max: usize) -> Result<Self, Error> {
         let (format, keys) = (tile.format, keys_max.next_multiple_of(tile.nr));
-        assert!(format != Format::Int8, "the softmax's weights are no bytes");
+        assert!(matches!(format, Format::F32 | Format::Bf16), "attention's operands are no {format:?}");
         let weights = if format == Format::F32 { 0 } else { rows * format.words(keys) };
         let (scores, weights) = (Aligned::zeroed(rows * keys)?, Aligned::zeroed(weights)?);
         Ok(Self { tile, scores, weights, totals: vec![0.0; rows] })

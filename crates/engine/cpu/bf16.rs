@@ -76,8 +76,8 @@ mod x86 {
     fn neighbours(x: &[f32; 2 * LANES]) -> [u32; LANES] {
         // SAFETY: arrays of as many bytes as registers, of which every pattern is a value.
         unsafe {
-            let [low, high] = transmute::<[f32; 2 * LANES], [__m512; 2]>(*x);
-            transmute::<__m512bh, [u32; LANES]>(_mm512_cvtne2ps_pbh(high, low))
+            let halves = transmute::<[f32; 2 * LANES], [__m512; 2]>(*x);
+            transmute::<[__m256bh; 2], [u32; LANES]>(halves.map(|half| _mm512_cvtneps_pbh(half)))
         }
     }
 
@@ -87,9 +87,9 @@ mod x86 {
         let turns: [u16; 2 * LANES] = std::array::from_fn(|i| (i / 2 + i % 2 * LANES) as u16);
         // SAFETY: arrays of as many bytes as registers, of which every pattern is a value.
         unsafe {
-            let [low, high] = [low, high].map(|row| transmute::<[f32; LANES], __m512>(*row));
-            let turns = transmute::<[u16; 2 * LANES], __m512i>(turns);
-            let halves = transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+            let halves = [low, high].map(|row| _mm512_cvtneps_pbh(transmute::<[f32; LANES], __m512>(*row)));
+            let [turns, halves] =
+                [transmute::<[u16; 2 * LANES], __m512i>(turns), transmute::<[__m256bh; 2], __m512i>(halves)];
             transmute::<__m512i, [u32; LANES]>(_mm512_permutexvar_epi16(turns, halves))
         }
     }

@@ -1,5 +1,5 @@
 //! `x += fc2(gelu(fc1(x)))`, with a norm before it or not: block by block of rows, so that what is between the two products is of a
-//! block, stays in the cache and is never the size of a batch.
+//! block, stays in the caches next to the processor (400 kB to 1.6 MB) and is never the size of a batch.
 
 use std::sync::Mutex;
 

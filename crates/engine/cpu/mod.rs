@@ -59,7 +59,7 @@ pub struct Norm {
 }
 
 impl CpuBackend {
-    /// A backend with a pool of `threads` threads (0: one per core), in f32, bf16 or int8. Errors: no memory, no threads.
+    /// A backend with a pool of `threads` threads (0: one per logical processor), in f32, bf16 or int8. Errors: no memory, no threads.
     ///
     /// # Panics
     /// In other precisions.
@@ -79,10 +79,9 @@ impl CpuBackend {
         Ok(Self { isa, precision, pool: Some(pool), threads, blocks, hiddens, heads })
     }
 
-    /// Like the layers that make keys and values, or a score would depend on which of the two ways was the faster one.
-    fn absorbed_tile(&self) -> tile::Tile {
-        let format = if self.precision == Precision::F32 { Format::F32 } else { Format::Bf16 };
-        tile::Tile::new(self.isa, format)
+    /// Work of loading in the threads that are there.
+    fn in_pool<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.pool.as_ref().expect("nothing is loaded while it runs").install(work)
     }
 
     fn rows_per_task(&self, rows: usize) -> usize {
@@ -122,10 +121,11 @@ impl Backend for CpuBackend {
     fn careful_weights(&self, care: Care, weight: &[f32], bias: &[f32], inputs: usize) -> Result<Self::Linear, Error> {
         let format = match (care, product_format(self.precision)) {
             (Care::Exact, _) => Format::F32,
+            (Care::Attention, _) => attention_format(self.isa, self.precision),
             (Care::Sensitive, Format::Int8) => Format::Bf16,
-            (_, format) => format,
+            (Care::Sensitive | Care::Usual, format) => format,
         };
-        let packed = pack::Packed::new(self.isa, format, weight, bias, inputs)?;
+        let packed = self.in_pool(|| pack::Packed::new(self.isa, format, weight, bias, inputs))?;
         for block in &self.blocks {
             block.lock().expect("nothing runs while weights are loaded").reserve(&packed)?;
         }
@@ -267,12 +267,12 @@ impl Backend for CpuBackend {
         value: (&[f32], &[f32]),
         (inputs, heads): (usize, usize),
     ) -> Result<Option<Self::Absorbed>, Error> {
-        let format = self.absorbed_tile().format;
-        absorbed::Absorbed::new((self.isa, format), key, value, (inputs, heads)).map(Some)
+        let format = attention_format(self.isa, self.precision);
+        self.in_pool(|| absorbed::Absorbed::new((self.isa, format), key, value, (inputs, heads))).map(Some)
     }
 
     fn alloc_seen(&self, images: Images, head_size: usize) -> Result<Option<Self::Seen>, Error> {
-        let tile = self.absorbed_tile();
+        let tile = tile::Tile::new(self.isa, attention_format(self.isa, self.precision));
         absorbed::Seen::new(tile, (images.count, images.tokens, images.width, head_size), self.threads).map(Some)
     }
 
@@ -343,11 +343,10 @@ fn product_format(precision: Precision) -> Format {
     }
 }
 
-/// Of the products of queries, keys and values: bf16 where that is meant or is faster.
+/// Of the products of queries, keys and values: f32, unless less is meant and is faster, for it takes rounding all of them.
 fn attention_format(isa: Isa, precision: Precision) -> Format {
     match precision {
-        Precision::Int8 if isa.level() >= simd::Level::Avx512Bf16 => Format::Bf16,
-        Precision::Int8 => Format::F32,
-        _ => product_format(precision),
+        Precision::Bf16 | Precision::Int8 if isa.level() >= simd::Level::Avx512Bf16 => Format::Bf16,
+        _ => Format::F32,
     }
 }

@@ -120,15 +120,14 @@ fn copy_lanes(from: &[f32], to: &mut [f32]) {
     }
 }
 
-/// Rows that follow each other along K, as the words of a panel: not of bytes.
+/// Rows that follow each other along K, as the words of a panel: f32, or pairs of bf16.
 pub(super) fn columns<'a>(isa: Isa, format: Format, mut rows: impl Iterator<Item = &'a [f32]>, out: &mut [u32]) {
     let first = rows.next().expect("a word has a value");
     match (format, rows.next()) {
         (Format::F32, None) => copy_lanes(first, floats(out)),
-        (Format::WideBf16, None) => wide_bf16_words(isa, first, out),
         (Format::Bf16, Some(second)) => bf16::columns(isa, first, second, out),
         (Format::Bf16, None) => first.iter().zip(out).for_each(|(value, out)| *out = bf16(*value)),
-        _ => unreachable!("a word of {format:?} has as many values as its group"),
+        _ => unreachable!("attention has no words of {format:?}, or the word has not as many values as its group"),
     }
 }
 

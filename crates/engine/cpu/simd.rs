@@ -4,7 +4,7 @@
 //! matrix tile over the trait [`super::dot::Dot`], everything element-wise as plain loops that the compiler vectorises inside a
 //! function compiled for the instruction set (see [`dispatch`]).
 
-use crate::Precision;
+use crate::{Error, Precision};
 
 /// An instruction set this process may use. Values are only made by [`Isa::detect`] and [`Isa::available`], so holding
 /// one proves that the processor has it.
@@ -39,7 +39,7 @@ pub(super) enum Kind {
 }
 
 /// Environment variable that forces an instruction set by its name.
-pub(super) const ISA_VARIABLE: &str = "CAPSIEVE_CPU_ISA";
+const ISA_VARIABLE: &str = "CAPSIEVE_CPU_ISA";
 
 impl Isa {
     /// All instruction sets of this processor, best first.
@@ -78,12 +78,17 @@ impl Isa {
         Self::available().into_iter().filter(own).collect()
     }
 
-    /// The best instruction set, or the one named by [`ISA_VARIABLE`]. A name this processor lacks is ignored with the
-    /// best one taken instead: the variable is for tests and comparisons, not for users.
-    pub fn detect() -> Isa {
+    /// The best instruction set, or the one named by [`ISA_VARIABLE`]. Errors: a name of what this processor has not.
+    pub fn detect() -> Result<Isa, Error> {
         let available = Self::available();
         let wanted = std::env::var(ISA_VARIABLE).unwrap_or_default();
-        available.iter().copied().find(|isa| isa.name() == wanted).unwrap_or(available[0])
+        if wanted.is_empty() {
+            return Ok(available[0]);
+        }
+        available.iter().copied().find(|isa| isa.name() == wanted).ok_or_else(|| Error::NoInstructions {
+            wanted,
+            available: available.iter().map(|isa| isa.name()).collect::<Vec<_>>().join(", "),
+        })
     }
 
     /// "avx512_bf16", "avx512_vnni", "avx512", "avx_vnni", "avx2" or "portable".

@@ -125,7 +125,7 @@ impl Emulated {
         let limits = AttentionLimits { keys: 1, head_size: 1 };
         Ok(Self {
             order,
-            cpu: RefCell::new(CpuBackend::new(1, Isa::detect(), Precision::F32, limits)?),
+            cpu: RefCell::new(CpuBackend::new(1, Isa::detect()?, Precision::F32, limits)?),
             stages: Default::default(),
             record: RefCell::new(None),
         })

@@ -123,8 +123,7 @@ impl<B: Backend> Bert<B> {
             output: loader.linear(text, &part("attention.output.dense"), t, t)?,
             output_norm: loader.norm(&part("attention.output.LayerNorm"), t, config.eps)?,
             cross_query: loader.linear(text, &part("crossattention.self.query"), t, t)?,
-            // As careful as what is absorbed: which of the two it is depends on the pairs beside it.
-            cross_kv: backend.careful_weights(text, &weight, &bias, width)?,
+            cross_kv: backend.careful_weights(Care::Attention, &weight, &bias, width)?,
             cross_output: loader.linear(text, &part("crossattention.output.dense"), t, t)?,
             cross_norm: loader.norm(&part("crossattention.output.LayerNorm"), t, config.eps)?,
             fc1: loader.linear(text, &part("intermediate.dense"), g, t)?,
