@@ -6,10 +6,11 @@
     target/peers/bin/python benches/peers/compare.py --model target/large --out benches/results/NAME.json
 
 Every peer of a precision loads the model in a process of its own and waits. Each round scores the same rows once with each of
-them in turn, so that a machine whose speed drifts slows all of them; Capsieve's bf16 takes part in the rounds of int8. A peer's time is its forward passes, pixels and token ids made
-before; Capsieve's is the engine's part of its stats file. All peers share the image pass of both heads, but for the model
-card's two calls. Scores are compared with those of the first peer in f32. The share of the peak is `capsieve bench`'s: exact
-operations of the forward pass in a second, against multiply-adds between registers measured just before.
+them in turn, so that a machine whose speed drifts slows all of them; Capsieve's bf16 takes part in those of int8, too, under a
+name of its own. A peer's time is its forward passes, pixels and token ids made before; Capsieve's is the engine's part of its
+stats file. All peers share the image pass of both heads, but for the model card's two calls. Scores are compared with those of
+the first peer in f32, where there is one. The share of the peak is `capsieve bench`'s: exact operations of the forward pass in a
+second, against multiply-adds between registers measured just before; and the pairs/s of one and of five captions an image.
 """
 import argparse
 import itertools
@@ -31,6 +32,7 @@ from transformers import AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
 CALIBRATION_ROWS = 8
+BF16_BESIDE_INT8 = "capsieve bf16 beside int8"
 
 
 def processor():
@@ -114,10 +116,10 @@ class Capsieve:
         pass
 
 
-def share_of_peak(a, precision, batch):
+def share_of_peak(a, precision, batch, captions):
     """What `capsieve bench` says of one precision."""
     command = [a.capsieve, "bench", "--model", a.model, "--device", "cpu", "--precision", precision, "--seconds", "5",
-               "--batch-size", str(batch), "--threads", str(a.threads), "--json"]
+               "--batch-size", batch, "--captions-per-image", captions, "--threads", a.threads, "--json"]
     report = json.loads(subprocess.run(list(map(str, command)), check=True, capture_output=True).stdout)
     return {k: report[k] for k in ("device", "engine_gflops", "ceiling_gflops", "engine_pairs_per_second", "stages")}
 
@@ -125,8 +127,9 @@ def share_of_peak(a, precision, batch):
 def start(a, work, precision):
     """All variants of a precision that this machine has, ready."""
     made = set()
-    ours = [precision, "bf16"] if precision == "int8" and "bf16" in a.precisions else [precision]
-    variants = {f"capsieve {p}": Capsieve(a, work, p) for p in ours}
+    variants = {f"capsieve {precision}": Capsieve(a, work, precision)}
+    if precision == "int8":
+        variants[BF16_BESIDE_INT8] = Capsieve(a, work, "bf16")
     for name in PEERS:
         if name.split()[0] not in a.peers or precision_of(name) != precision or name in a.without:
             continue
@@ -157,21 +160,24 @@ def measure(a, variants, found):
 
 def report(a, found):
     """Best batch of each variant, its drift from f32, and the ratios that matter."""
-    f32 = [of["scores"] for (name, _), of in found.items() if precision_of(name) == "f32"]
-    # The first is Capsieve's, the next a peer's.
-    reference = f32[1] if len(f32) > 1 else next(iter(found.values()))["scores"]
+    exact = (of["scores"] for (name, _), of in found.items() if precision_of(name) == "f32" and "capsieve" not in name)
+    reference = next(exact, None)
     best = {}
     for (name, batch), of in found.items():
-        drift = np.abs(of.pop("scores") - reference)
+        scores = of.pop("scores")
         of["median"] = statistics.median(of["pairs_per_second"])
-        for column, head in enumerate(("itm", "cosine")):
-            of[f"{head}_drift"] = {"max": float(drift[:, column].max()), "mean": float(drift[:, column].mean())}
+        if reference is not None:
+            drift = np.abs(scores - reference)
+            for column, head in enumerate(("itm", "cosine")):
+                of[f"{head}_drift"] = {"max": float(drift[:, column].max()), "mean": float(drift[:, column].mean())}
         if name not in best or of["median"] > best[name]["median"]:
             best[name] = {"batch": batch, **of}
     ratios = {}
     for precision in a.precisions:
         ours = best.get(f"capsieve {precision}")
-        peers = {n: b["median"] for n, b in best.items() if precision_of(n) == precision and n != f"capsieve {precision}"}
+        beside = [n for n in best if n == BF16_BESIDE_INT8] if precision == "int8" else []
+        others = [n for n in best if precision_of(n) == precision and "capsieve" not in n]
+        peers = {n: best[n]["median"] for n in others + beside}
         for name, median in peers.items() if ours else ():
             ratios[f"{precision}: {name}"] = ours["median"] / median
     return best, ratios
@@ -202,13 +208,17 @@ def main():
             measure(a, start(a, work, precision), found)
         best, ratios = report(a, found)
         packages = ["torch", "transformers", "onnxruntime", "openvino", "nncf"]
-        peak = {p: share_of_peak(a, p, best[f"capsieve {p}"]["batch"]) for p in a.precisions}
-    result = {"machine": {**processor(), "threads": a.threads}, "versions": {p: version(p) for p in packages}, "rows": a.rows,
+        peak = {p: {f"{n} captions": share_of_peak(a, p, best[f"capsieve {p}"]["batch"], n) for n in (1, 5)}
+                for p in a.precisions}
+    commit = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    result = {"machine": {**processor(), "threads": a.threads}, "commit": commit.stdout.strip(),
+              "versions": {p: version(p) for p in packages}, "rows": a.rows,
               "variants": [{"name": n, "batch": b, **of} for (n, b), of in found.items()], "best": best,
               "ours_to_peer": ratios, "peak": peak}
     for name, of in sorted(best.items(), key=lambda item: -item[1]["median"]):
-        print(f"{name:>30} {of['median']:.3f} pairs/s at batch {of['batch']}, {of['peak_mb']} MB, ITM off by at most "
-              f"{of['itm_drift']['max']:.1e}, cosine {of['cosine_drift']['max']:.1e}")
+        drift = "".join(f", {head} off by at most {of[f'{head}_drift']['max']:.1e}"
+                        for head in ("itm", "cosine") if f"{head}_drift" in of)
+        print(f"{name:>30} {of['median']:.3f} pairs/s at batch {of['batch']}, {of['peak_mb']} MB{drift}")
     print(json.dumps(ratios, indent=1))
     if a.out:
         Path(a.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

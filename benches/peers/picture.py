@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("svg")
 matplotlib.rcParams.update({"svg.hashsalt": "capsieve", "svg.fonttype": "none"})
 import matplotlib.pyplot as plt  # noqa: E402
-from compare import precision_of  # noqa: E402
+from compare import BF16_BESIDE_INT8, precision_of  # noqa: E402
 
 OURS, PEER = "#1f6f8b", "#b8b8b8"
 
@@ -21,7 +21,8 @@ def main():
     result = json.loads(source.read_text(encoding="utf-8"))
     groups = {}
     for name, of in result["best"].items():
-        groups.setdefault(precision_of(name), []).append((of["median"], name))
+        if name != BF16_BESIDE_INT8:
+            groups.setdefault(precision_of(name), []).append((of["median"], name))
     rows = [sorted(groups[p]) for p in ("int8", "bf16", "f32") if p in groups]
     count = sum(map(len, rows)) + len(rows) - 1
     figure, axes = plt.subplots(figsize=(8, 0.34 * count + 1))

@@ -14,6 +14,7 @@ pub struct Isa(Level);
 /// Instruction sets, each with all that comes before it (but [`Level::AvxVnni`], which is a way of its own to have in 256 bits what
 /// [`Level::Avx512Vnni`] has in 512).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "other processors have one of them"))]
 pub(super) enum Level {
     Portable,
     /// AVX2 and FMA.

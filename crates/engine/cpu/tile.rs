@@ -6,7 +6,9 @@
 #[cfg(target_arch = "x86_64")]
 use super::dot::{Avx2, Avx512, Bf16, PairBytes};
 use super::dot::{Bytes, Dot, F32, Portable};
-use super::simd::{Isa, Level, prefetch};
+#[cfg(target_arch = "x86_64")]
+use super::simd::Level;
+use super::simd::{Isa, prefetch};
 
 /// Rows of the largest tile: so many may be read and written beyond a block's.
 pub(super) const TILE_ROWS_MAX: usize = 6;
@@ -223,6 +225,7 @@ fn pairs(tile: Tile) -> Tile {
 impl Tile {
     /// The fastest there is.
     pub(super) fn new(isa: Isa, format: Format) -> Self {
+        #[cfg(target_arch = "x86_64")]
         let level = isa.level();
         match format {
             #[cfg(target_arch = "x86_64")]
