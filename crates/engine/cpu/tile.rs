@@ -227,6 +227,8 @@ impl Tile {
     pub(super) fn new(isa: Isa, format: Format) -> Self {
         #[cfg(target_arch = "x86_64")]
         let level = isa.level();
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = isa;
         match format {
             #[cfg(target_arch = "x86_64")]
             Format::Bf16 if level >= Level::Avx512Bf16 => tile!(format, Avx512<Bf16>, 6 x 4 x 4, "avx512f,avx512bf16"),
