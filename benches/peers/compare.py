@@ -174,12 +174,10 @@ def report(a, found):
             best[name] = {"batch": batch, **of}
     ratios = {}
     for precision in a.precisions:
-        ours = best.get(f"capsieve {precision}")
-        beside = [n for n in best if n == BF16_BESIDE_INT8] if precision == "int8" else []
-        others = [n for n in best if precision_of(n) == precision and "capsieve" not in n]
-        peers = {n: best[n]["median"] for n in others + beside}
-        for name, median in peers.items() if ours else ():
-            ratios[f"{precision}: {name}"] = ours["median"] / median
+        ours = best[f"capsieve {precision}"]
+        others = [name for name in best if precision_of(name) == precision and "capsieve" not in name]
+        for name in others + [BF16_BESIDE_INT8] * (precision == "int8"):
+            ratios[f"{precision}: {name}"] = ours["median"] / best[name]["median"]
     return best, ratios
 
 

@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use rayon::prelude::*;
 
 use super::elementwise::{scale, softmax_unscaled};
-use super::memory::{Aligned, Rectangle, Shared, floats, own};
+use super::memory::{Aligned, LINE, Rectangle, Shared, floats, own};
 use super::pack::{Row, columns};
 use super::simd::{Isa, prefetch};
 use super::tile::{Format, Tile};
@@ -21,8 +21,6 @@ use crate::backend::Span;
 const Q_ROWS: usize = 24;
 /// Rows from the one that is read to the one that is asked for.
 const AHEAD: usize = 8;
-/// Values of a cache line.
-const LINE: usize = 16;
 
 /// Room for the scores of a block of query rows.
 pub(super) struct Block {
@@ -126,7 +124,7 @@ impl<'a> Strided<'a> {
         rows.map(move |row| {
             let values = self.row(row, first, size);
             let ahead = values.as_ptr().wrapping_add(AHEAD * self.stride);
-            (0..size).step_by(LINE).for_each(|i| prefetch::<false, _>(ahead.wrapping_add(i)));
+            (0..size).step_by(LINE / size_of::<f32>()).for_each(|i| prefetch::<false, _>(ahead.wrapping_add(i)));
             values
         })
     }

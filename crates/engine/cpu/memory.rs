@@ -7,7 +7,7 @@ use super::simd::prefetch;
 use crate::Error;
 
 /// Bytes of a cache line.
-const LINE: usize = 64;
+pub(super) const LINE: usize = 64;
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]

@@ -156,7 +156,8 @@ impl Packed {
         let mut panels = Aligned::zeroed(outputs.div_ceil(nr) * words * nr)?;
         let columns: Vec<(f32, f32)> = match format {
             Format::Int8 => weight.par_chunks(inputs).map(|column| scale(isa, column, tile.weight_steps)).collect(),
-            Format::F32 | Format::Bf16 | Format::WideBf16 => Vec::new(),
+            Format::F32 | Format::Bf16 => Vec::new(),
+            Format::WideBf16 => unreachable!("it is stored as bf16"),
         };
         panels.par_chunks_mut(words * nr).enumerate().for_each(|(p, panel)| {
             for (lane, row) in weight[p * nr * inputs..].chunks(inputs).take(nr).enumerate() {
@@ -229,7 +230,7 @@ fn word(format: Format, values: &[f32], steps: f32) -> u32 {
     let bits = |x: &f32| match format {
         Format::F32 => x.to_bits(),
         Format::Bf16 => bf16(*x),
-        Format::WideBf16 => bf16(*x) << 16,
+        Format::WideBf16 => unreachable!("it is stored as bf16"),
         Format::Int8 => u32::from(step(*x, steps).cast_unsigned()),
     };
     let width = u32::BITS / format.group() as u32;
